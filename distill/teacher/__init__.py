@@ -1,0 +1,1 @@
+"""Teacher room: prompts and a model flow in, targets flow into a cache."""
