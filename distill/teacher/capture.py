@@ -242,7 +242,7 @@ def merge(parts: Sequence[LocalStatistics], spec: Spec) -> Statistics:
 
 def chunk_rows(num_ids: int, *, is_cuda: bool) -> int:
     """Positions in a chunk, so that its two float32 buffers stay near 1 GiB on a GPU and in reach of a CPU's caches."""
-    return max(16, (1 << 30 if is_cuda else 1 << 27) // (8 * num_ids))
+    return max(16, (1 << 30 if is_cuda else 1 << 25) // (8 * num_ids))
 
 
 def joined(parts: Sequence[Statistics]) -> Statistics:

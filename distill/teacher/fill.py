@@ -12,8 +12,8 @@ from typing import Any
 
 from distill.cache.plan import Unit
 from distill.cache.writer import CacheWriter
+from distill.data.prompts import PromptMaker, prompts_of
 from distill.data.sources import Source
-from distill.data.tokenize import PromptMaker, prompts_of
 from distill.progress import Ticker
 from distill.records import Prompt, Reject, SequenceTargets
 from distill.teacher.engine import Engine
@@ -47,9 +47,9 @@ class _Stream:
     def __iter__(self) -> Iterator[Prompt]:
         ordinal = 0
         for unit in self._missing:
-            opened = _OpenUnit(unit=unit)
+            opened, source = _OpenUnit(unit=unit), self._sources[unit.source]
             self.open.append(opened)
-            for item in prompts_of(self._sources[unit.source], unit.start, unit.stop, self._maker):
+            for item in prompts_of(source, start=unit.start, stop=unit.stop, maker=self._maker):
                 if isinstance(item, Reject):
                     opened.rejects.append(item)
                     continue

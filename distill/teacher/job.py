@@ -26,8 +26,9 @@ from distill.cache.projection import Projection
 from distill.cache.tensors import dump
 from distill.cache.writer import CacheWriter
 from distill.config import CacheConfig
+from distill.data.prompts import PromptMaker, prompts_of
 from distill.data.sources import Source, open_sources
-from distill.data.tokenize import PromptMaker, chat_template_text, load_tokenizer, prompts_of, token_map
+from distill.data.tokenizer import chat_template_text, load_tokenizer, token_map
 from distill.errors import UsageError
 from distill.records import Prompt
 from distill.teacher import calibration
@@ -113,6 +114,9 @@ def prepare(config: CacheConfig) -> Job:
     _check_vocabulary(config, vocab_size=vocab_size, head_rows=model.get_text_config().vocab_size)
     engine = engine_name(config)
     sources = open_sources(config)
+    maker = PromptMaker(tokenizer, config=config)
+    for source in sources:
+        maker.check(source)
     plan_sources = [
         PlanSource(domain=s.domain, path=s.path, sha256=s.sha256, num_rows=len(s), split=s.split) for s in sources
     ]
@@ -143,7 +147,6 @@ def prepare(config: CacheConfig) -> Job:
     )
     writer = CacheWriter.open(config.out, plan)
     _keep_teacher_files(writer, folder, tokenizer)
-    maker = PromptMaker(tokenizer, config)
     return Job(config=config, folder=folder, writer=writer, sources=sources, maker=maker)
 
 
@@ -256,7 +259,7 @@ def _draw(job: Job) -> list[Prompt]:
         seen.add(row)
         index = int(np.searchsorted(bounds, row, side="right"))
         start = row - int(bounds[index - 1] if index else 0)
-        for item in prompts_of(sources[index], start, start + 1, job.maker):
+        for item in prompts_of(sources[index], start=start, stop=start + 1, maker=job.maker):
             if isinstance(item, Prompt) and item.split == "train":
                 drawn.append(item)
                 trained += int(item.loss_mask.sum())

@@ -45,7 +45,7 @@ class VllmEngine:
             if option in config.engine_options:
                 raise UsageError(f"engine_options.{option} is set by distill itself; remove it from engine_options.")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         import vllm
         from vllm.platforms import current_platform
 

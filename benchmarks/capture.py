@@ -1,0 +1,149 @@
+"""What capture costs: plain prefill, capture, and vLLM's own prompt_logprobs, in turn in one process.
+
+    python -m benchmarks.capture [--repeats 5] [--threads 2] [--json FILE]
+
+The teacher is SmolLM2-135M in bfloat16 on text that is at hand (this repository's documents and example data). The
+floor is the LM head: it is about a fifth of this model's work and must run at every position, where plain prefill runs
+it at the last one only; in a 72B model it is 2%.
+"""
+
+import argparse
+import io
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distill.cache.projection import Projection
+from distill.cache.schema import Layout
+from distill.cache.shard import write_rows
+from distill.config import CacheConfig
+from distill.records import Prompt, SequenceTargets
+from distill.teacher import calibration
+from distill.teacher.capture import chunk_rows
+from examples.smollm2 import teacher_folder
+
+LENGTH, NUM_PROMPTS = 512, 8
+ROOT = Path(__file__).parent.parent
+
+
+def prompts(tokenizer: Any) -> list[Prompt]:
+    """Consecutive pieces of real text, each of LENGTH tokens and one more to predict."""
+    files = sorted([*ROOT.glob("examples/data/*.csv"), *ROOT.glob("docs/*.md")])
+    text = "\n".join(path.read_text(encoding="utf-8") for path in files)
+    ids = np.array(tokenizer(text)["input_ids"], np.int32)
+    made = []
+    for start in range(0, NUM_PROMPTS * LENGTH, LENGTH):
+        piece = ids[start : start + LENGTH + 1]
+        made.append(
+            Prompt(
+                sequence_id=str(start),
+                prompt_id=str(start),
+                domain="text",
+                split="train",
+                source=f"text:{start}",
+                prompt="",
+                response="",
+                input_ids=piece,
+                loss_mask=np.ones(LENGTH, bool),
+            )
+        )
+    return made
+
+
+def measure(runs: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
+    """Median seconds of each run; they take turns, so that a slow minute of the machine hits them all."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        run()  # warm up
+    for _ in range(repeats):
+        for name, run in runs.items():
+            started = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def main() -> None:
+    """Prints a table, and writes JSON where asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    os.environ.update(HF_HUB_OFFLINE="1", VLLM_LOGGING_LEVEL="ERROR", VLLM_ENABLE_V1_MULTIPROCESSING="0")
+
+    import torch
+    from transformers import AutoTokenizer
+    from vllm import SamplingParams
+
+    from distill.teacher.vllm_engine import VllmEngine
+
+    results: dict[str, Any] = {
+        "machine": f"{platform.machine()}, {arguments.threads} threads",
+        "teacher": "SmolLM2-135M",
+    }
+    config = CacheConfig(
+        teacher=str(teacher_folder()),
+        data={"text": ("-",)},
+        out="-",
+        dtype="bfloat16",
+        head_dtype="model",
+        max_length=LENGTH + 8,
+        engine_options={"max_num_batched_tokens": 2048},
+    )
+    tokenizer = AutoTokenizer.from_pretrained(config.teacher)
+    vocab_size = len(tokenizer)
+    sequences = prompts(tokenizer)
+    num_targets = sum(prompt.num_targets for prompt in sequences)
+    engine = VllmEngine(config, vocab_size=vocab_size)
+    torch.set_num_threads(arguments.threads)
+    projection = calibration.fit(engine, sequences, hidden_bytes=config.targets.hidden_bytes)
+    engine.install(projection)
+    llm = engine._llm
+    ids = [{"prompt_token_ids": prompt.input_ids[:-1].tolist()} for prompt in sequences]
+
+    def generate(prompt_logprobs: int | None) -> None:
+        llm.collective_rpc("capture_begin", args=("off",))
+        parameters = SamplingParams(max_tokens=1, temperature=0, detokenize=False, prompt_logprobs=prompt_logprobs)
+        llm.generate(ids, parameters, use_tqdm=False)
+
+    captured: dict[int, Any] = {}
+    runs = {
+        "plain": lambda: generate(None),
+        "capture": lambda: captured.update(engine.capture(sequences)),
+        "prompt_logprobs": lambda: generate(20),
+    }
+    seconds = measure(runs, arguments.repeats)
+    rows = [SequenceTargets(prompt=prompt, targets=captured[i]) for i, prompt in enumerate(sequences)]
+    results |= {f"{name}_tokens_per_s": round(num_targets / value, 1) for name, value in seconds.items()}
+    results |= {
+        "capture_over_plain": round(seconds["capture"] / seconds["plain"], 3),
+        "prompt_logprobs_over_plain": round(seconds["prompt_logprobs"] / seconds["plain"], 3),
+        "bytes_per_token": round(_bytes(rows, config, projection) / num_targets, 1),
+        "head_chunk": chunk_rows(vocab_size, is_cuda=False),
+    }
+    engine.close()
+    for name, value in results.items():
+        print(f"{name:28} {value}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+def _bytes(rows: list[SequenceTargets], config: CacheConfig, projection: Projection) -> int:
+    """Size of the rows as a shard."""
+    targets = config.targets
+    layout = Layout(top_k=targets.top_k, temperatures=targets.temperatures, widths=projection.widths)
+    file = io.BytesIO()
+    write_rows(file, rows, layout)
+    return len(file.getvalue())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""How fast one core writes and reads a cache, and how many bytes a token takes: ``python -m benchmarks.reader``.
+
+The rows are made up, with the shapes of a real cache: k=64, three temperatures, hidden states in 128 bytes, a
+vocabulary of 152,000, sequences of 512 tokens. Writing is all that ``CacheWriter.commit`` does: checking the numbers,
+encoding, page checksums, fsync, reading back, hashing. Reading goes through to numpy arrays, once with the SHA-256 of
+each shard (a reader's first time) and then with the page checksums alone.
+"""
+
+import argparse
+import json
+import platform
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from distill.cache.plan import Identity, Plan, Recorded, Source, plan_units
+from distill.cache.projection import Projection
+from distill.cache.reader import CacheReader
+from distill.cache.writer import CacheWriter
+from distill.records import Prompt, SequenceTargets, Targets
+
+VOCAB, TOP_K, LENGTH = 152_000, 64, 512
+TEMPERATURES = (4.0, 2.0, 1.0)
+WIDTHS = ((6, 32), (4, 96), (2, 224))  # 128 bytes
+UNIT_ROWS = 64
+
+
+def made_up_projection(rng: np.random.Generator) -> Projection:
+    """A projection of the right widths; its vocabulary is small, since only the widths matter here."""
+    rank = sum(count for _, count in WIDTHS)
+    return Projection(
+        mean_D=np.zeros(512, np.float32),
+        down_RD=rng.standard_normal((rank, 512)).astype(np.float32),
+        basis_VR=rng.standard_normal((16, rank)).astype(np.float16),
+        bias_V=np.zeros(16, np.float32),
+        variance_R=np.arange(rank, 0, -1, dtype=np.float32),
+        widths=WIDTHS,
+        logit_scale=1.0,
+        soft_cap=None,
+        explained=0.9,
+    )
+
+
+def made_up_targets(rng: np.random.Generator, projection: Projection, num: int) -> Targets:
+    """Consistent targets: skewed ids, falling log-probabilities, masses that sum to 1 at each temperature."""
+    strata = (np.arange(TOP_K) + rng.random((num, TOP_K))) / TOP_K
+    distinct_ids = ((VOCAB - TOP_K) * strata**2).astype(np.int32) + np.arange(TOP_K, dtype=np.int32)
+    topk_ids = rng.permuted(distinct_ids, axis=1)
+    gaps = rng.exponential(2.0, (num, TOP_K)) / np.arange(1, TOP_K + 1)
+    falling = -np.cumsum(gaps, axis=1)
+    tail_mass = np.stack([rng.beta(*shape, num) for shape in ((20, 2), (6, 4), (1, 12))], axis=1)
+    logprobs = falling - _log_sum_exp(falling)[:, None] + np.log1p(-tail_mass[:, -1:])
+    log_z = np.stack([_log_sum_exp(logprobs / T) for T in TEMPERATURES], axis=1) - np.log1p(-tail_mass)
+    return Targets(
+        topk_ids=topk_ids,
+        topk_logprobs=logprobs.astype(np.float32),
+        log_z=log_z.astype(np.float32),
+        log_tail=np.log(tail_mass).astype(np.float32),
+        hidden=projection.quantise(rng.standard_normal((num, projection.rank))),
+        entropy=rng.gamma(2.0, 1.0, num).astype(np.float32),
+    )
+
+
+def _log_sum_exp(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    top = values.max(axis=1)
+    return np.asarray(np.log(np.exp(values - top[:, None]).sum(axis=1)) + top)
+
+
+def made_up_row(rng: np.random.Generator, projection: Projection, number: int) -> SequenceTargets:
+    """One sequence."""
+    prompt = Prompt(
+        sequence_id=f"{number:064x}",
+        prompt_id=f"{number:064x}",
+        domain="general",
+        split="train",
+        source=f"general.jsonl:{number}",
+        metadata={"department": "cardiology"},
+        prompt=" ".join(f"word{value}" for value in rng.integers(0, 9999, LENGTH // 3)),
+        response=" ".join(f"word{value}" for value in rng.integers(0, 9999, LENGTH // 3)),
+        input_ids=rng.integers(0, VOCAB, LENGTH).astype(np.int32),
+        loss_mask=np.arange(LENGTH - 1) > LENGTH // 3,
+    )
+    return SequenceTargets(prompt=prompt, targets=made_up_targets(rng, projection, LENGTH - 1))
+
+
+def made_up_plan(num_rows: int) -> Plan:
+    """A plan for ``num_rows`` rows of one source."""
+    source = Source(domain="general", path="general.jsonl", sha256="0" * 64, num_rows=num_rows, split="train")
+    identity = Identity(
+        teacher_weights="made up",
+        token_map="made up",
+        chat_template="made up",
+        vocab_size=VOCAB,
+        mask_policy="assistant",
+        overlong="truncate",
+        max_length=LENGTH,
+        dtype="bfloat16",
+        quantisation=None,
+        head_dtype="float32",
+        top_k=TOP_K,
+        temperatures=TEMPERATURES,
+        hidden_bytes=128,
+        trust_remote_code=False,
+    )
+    return Plan(
+        identity=identity,
+        recorded=Recorded(teacher="made up", engine="none", engine_version="0"),
+        sources=(source,),
+        eval_fraction=0.0,
+        units=tuple(plan_units([source], UNIT_ROWS)),
+    )
+
+
+def measure(folder: Path, num_units: int) -> dict[str, float]:
+    """Seconds and bytes as rates for each token, the best of all units."""
+    rng = np.random.default_rng(0)
+    projection = made_up_projection(rng)
+    writer = CacheWriter.open(folder, made_up_plan(num_units * UNIT_ROWS))
+    writer.put_once("projection.safetensors", projection.to_bytes())
+    num_tokens = UNIT_ROWS * LENGTH
+    write_seconds = []
+    for unit in writer.missing_units():
+        rows = [made_up_row(rng, projection, number) for number in range(unit.start, unit.stop)]
+        start = time.perf_counter()
+        writer.commit(unit, rows, rejects=[], num_input_rows=len(rows))
+        write_seconds.append(time.perf_counter() - start)
+    writer.seal()
+    reader = CacheReader.open(folder)
+    first_seconds, later_seconds = [], []
+    for seconds in (first_seconds, later_seconds, later_seconds):
+        for commit in reader.commits:
+            start = time.perf_counter()
+            sequences = reader.sequences(commit, "train")
+            seconds.append(time.perf_counter() - start)
+            assert len(sequences) == UNIT_ROWS
+    return {
+        "write_tokens_per_s": num_tokens / min(write_seconds),
+        "read_tokens_per_s": num_tokens / min(later_seconds),
+        "first_read_tokens_per_s": num_tokens / min(first_seconds),
+        "bytes_per_token": sum(commit.num_bytes for commit in reader.commits) / (num_units * num_tokens),
+    }
+
+
+def bytes_by_column(folder: Path, num_tokens: int) -> dict[str, float]:
+    """Compressed bytes per token of each column."""
+    sizes: dict[str, float] = {}
+    for path in (folder / "shards").glob("*.parquet"):
+        footer = pq.read_metadata(path)
+        for group in range(footer.num_row_groups):
+            for index in range(footer.num_columns):
+                chunk = footer.row_group(group).column(index)
+                name = chunk.path_in_schema.split(".")[0]
+                sizes[name] = sizes.get(name, 0.0) + chunk.total_compressed_size / num_tokens
+    return sizes
+
+
+def main() -> None:
+    """Measure, print, and write JSON where asked."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.reader", description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="write the numbers to this file")
+    parser.add_argument("--units", type=int, default=6, help=f"units of {UNIT_ROWS} sequences")
+    arguments = parser.parse_args()
+    pa.set_cpu_count(1)
+    pa.set_io_thread_count(1)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "cache"
+        numbers = measure(folder, arguments.units)
+        columns = bytes_by_column(folder, arguments.units * UNIT_ROWS * LENGTH)
+    table = Table("measure", "value", title=f"{arguments.units * UNIT_ROWS} sequences of {LENGTH} tokens, one core")
+    for key, value in numbers.items():
+        table.add_row(key, f"{value:,.1f}" if value < 10_000 else f"{value:,.0f}")
+    for column, value in columns.items():
+        table.add_row(f"bytes per token of {column}", f"{value:.2f}")
+    Console().print(table)
+    if arguments.json:
+        machine = {"processor": platform.processor() or platform.machine(), "python": platform.python_version()}
+        report = {**numbers, "bytes_by_column": columns, "machine": {**machine, "pyarrow": pa.__version__}}
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
