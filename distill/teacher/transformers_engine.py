@@ -39,8 +39,9 @@ class TransformersEngine:
         self._batch_tokens = int(options.pop("batch_tokens", 4096))
         self.version = str(transformers.__version__)
         try:
-            model = transformers.AutoModelForCausalLM.from_pretrained(
+            model, loading = transformers.AutoModelForCausalLM.from_pretrained(
                 config.teacher,
+                output_loading_info=True,
                 revision=config.revision,
                 dtype="auto" if config.dtype == "auto" else getattr(torch, config.dtype),
                 trust_remote_code=config.trust_remote_code,
@@ -49,6 +50,12 @@ class TransformersEngine:
             )
         except (OSError, ValueError, TypeError) as error:
             raise UsageError(f"transformers cannot load the teacher {config.teacher}: {error}") from error
+        if missing := sorted([*loading["missing_keys"], *map(str, loading["mismatched_keys"])]):
+            # transformers would go on with random numbers in their place.
+            raise UsageError(
+                f"The weights in {config.teacher} lack or misshape {len(missing)} tensors that its configuration asks "
+                f"for, the first of them {missing[0]}. Download the teacher again, whole."
+            )
         self._model = model.to(self._device).eval()
         self.dtype = str(model.dtype).removeprefix("torch.")
         self._spec = Spec(top_k=config.targets.top_k, temperatures=config.targets.temperatures)
