@@ -18,7 +18,7 @@ from distill.teacher.engine import Engine
 
 # Positions whose whole distribution is kept (float16), and the most that one sequence gives.
 NUM_FIDELITY = 128
-_PER_SEQUENCE = 4
+_PER_SEQUENCE = 8
 TOKENS_PER_DIMENSION = 16
 
 

@@ -7,15 +7,18 @@ this module. With tensor parallelism each rank holds a slice of the vocabulary, 
 Shapes: N positions, D hidden size, V real vocabulary (this rank's slice of it in ``Head``), K top-k, T temperatures.
 """
 
-from collections.abc import Sequence
+import os
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from distill.cache.projection import CLIPS, Projection
 
-# exp(x / T) is 0 in float32 for every temperature anybody trains at, and 0 * x stays 0, unlike with -inf.
+# Stands for the logit of a candidate that is not there: its probability is 0, and 0 * z stays 0, unlike with -inf.
 _OUT = -1e5
 # A tail that underflows is stored as this, so that no infinity reaches a shard.
 LOG_TAIL_FLOOR = -100.0
@@ -77,7 +80,8 @@ class Head:
 
     ``weight`` is [rows, D] with at least ``num_ids`` rows; rows past ``num_ids`` are padding and never appear.
     ``float32`` computes the product in float32: on CUDA by the output type of the product, elsewhere by a float32
-    copy of the weight. Otherwise it runs in the weight's own precision.
+    copy of the weight. Otherwise it runs in the weight's own precision. ``compiled`` fuses the sums over the
+    vocabulary into one pass (see ``can_compile``).
     """
 
     def __init__(
@@ -90,6 +94,7 @@ class Head:
         soft_cap: float | None = None,
         scale: float = 1.0,
         float32: bool = True,
+        compiled: bool = False,
     ) -> None:
         if scale <= 0:
             raise ValueError(f"a logit scale must be positive, got {scale}")
@@ -97,20 +102,21 @@ class Head:
         self.num_ids = num_ids
         self.soft_cap = soft_cap
         self.scale = scale
+        self.rest_sums = _compiled_rest_sums() if compiled else _rest_sums
         self._weight = weight[:num_ids]
         self._bias = None if bias is None else bias[:num_ids].float()
         self._float32 = float32 or weight.dtype == torch.float32
         self._copy: Tensor | None = None
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
-        """Float32 [N, num_ids], scaled and soft-capped; the caller may overwrite them."""
+        """[N, num_ids], scaled and soft-capped: float32, or the weight's precision where nothing asks for more."""
         logits_NV = self._product(hidden_ND)
         if self._bias is not None:
-            logits_NV += self._bias
+            logits_NV = logits_NV + self._bias
         if self.soft_cap is not None:
-            logits_NV.div_(self.soft_cap).tanh_().mul_(self.soft_cap)
+            logits_NV = logits_NV.float().div_(self.soft_cap).tanh_().mul_(self.soft_cap)
         if self.scale != 1.0:
-            logits_NV.mul_(self.scale)
+            logits_NV = logits_NV.float().mul_(self.scale)
         return logits_NV
 
     def times(self, matrix_DR: Tensor) -> Tensor:
@@ -135,7 +141,7 @@ class Head:
     def _product(self, hidden_ND: Tensor) -> Tensor:
         weight = self._weight
         if not self._float32:
-            return torch.mm(hidden_ND.to(weight.dtype), weight.T).float()
+            return torch.mm(hidden_ND.to(weight.dtype), weight.T)
         if weight.dtype == torch.float32:
             return torch.mm(hidden_ND.float(), weight.T)
         if weight.is_cuda:
@@ -148,16 +154,15 @@ class Head:
 def local_statistics(head: Head, hidden_ND: Tensor, spec: Spec) -> LocalStatistics:
     """The slice's top-k and partial sums for N positions; logits exist only inside this call.
 
-    Passes over the N x V logits: top-k (1 read), shift (1 read, 1 write), exponential and its sum for the highest
-    temperature (2 reads, 1 write), two reads and a write for each further one, and two reads for the entropy.
+    The N x V logits are written once by the head and, compiled, read twice: for the top-k and for all sums.
     """
-    x_NV = head.logits(hidden_ND)
+    logits_NV = head.logits(hidden_ND)
     num = min(spec.top_k, head.num_ids)
-    logits_NK, ids_NK = largest(x_NV, num)
+    logits_NK, ids_NK = largest(logits_NV, num)
+    logits_NK = logits_NK.float()
     top_N1 = logits_NK[:, :1]
-    x_NV.sub_(top_N1).scatter_(1, ids_NK, _OUT)
-    sums_NT, mean_N = _rest_sums(x_NV, spec.computed)
-    log_rest_NT = sums_NT.log() + top_N1 / x_NV.new_tensor(spec.computed)
+    sums_NT, mean_N = head.rest_sums(logits_NV, top_N1, logits_NK[:, -1:], num, spec.computed)
+    log_rest_NT = sums_NT.log() + top_N1 / sums_NT.new_tensor(spec.computed)
     mean_rest_N = torch.where(mean_N.isfinite(), mean_N + top_N1[:, 0], 0.0)  # an empty rest has no mean
     if num < spec.top_k:  # a slice smaller than k: padded so that every rank packs the same shape
         short = spec.top_k - num
@@ -166,26 +171,42 @@ def local_statistics(head: Head, hidden_ND: Tensor, spec: Spec) -> LocalStatisti
     return LocalStatistics(logits=logits_NK, ids=ids_NK + head.first_id, log_rest=log_rest_NT, mean_rest=mean_rest_N)
 
 
-def _rest_sums(x_NV: Tensor, temperatures: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """Sums of ``exp(x / T)`` [N, T] and the mean of x under ``exp(x)`` [N].
+def _rest_sums(
+    logits_NV: Tensor, top_N1: Tensor, least_N1: Tensor, num: int, temperatures: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """Sums over the ids outside the top-k: of ``exp(x / T)`` [N, T], and the mean of x under ``exp(x)`` [N].
 
-    ``temperatures`` run downwards and hold 1, so that ``exp(x / T)`` for T, T/2, T/4 … follows by squaring in place.
+    x is the logit less the row's largest, ``least`` the smallest logit of the top-k. The rest are the ids below it,
+    and as many of the ids equal to it as the top-k did not take. ``temperatures`` run downwards and hold 1, so that
+    ``exp(x / T)`` for T, T/2, T/4 … follows by squaring. One pass over the logits when compiled.
     """
+    below_NV = logits_NV < least_N1
+    x_NV, edge_N = logits_NV.float() - top_N1, (least_N1 - top_N1)[:, 0]
+    num_tied_N = (~below_NV).sum(1) - num
     sums: list[Tensor] = []
-    mean_N = x_NV.new_zeros(len(x_NV))
-    y_NV, at = torch.empty_like(x_NV), 0.0
+    y_NV, at, mean_N = x_NV, 0.0, edge_N
     for temperature in temperatures:
         if at == 2 * temperature:
-            y_NV.mul_(y_NV)
+            y_NV = y_NV * y_NV
         elif at == 4 * temperature:
-            y_NV.mul_(y_NV).mul_(y_NV)
+            y_NV = (y_NV * y_NV) * (y_NV * y_NV)
         else:
-            torch.mul(x_NV, 1.0 / temperature, out=y_NV).exp_()
+            y_NV = torch.where(below_NV, torch.exp(x_NV * (1.0 / temperature)), 0.0)
         at = temperature
-        sums.append(y_NV.sum(1))
+        sums.append(y_NV.sum(1) + num_tied_N * torch.exp(edge_N / temperature))
         if temperature == 1.0:
-            mean_N = torch.linalg.vecdot(y_NV, x_NV) / sums[-1]
+            mean_N = ((y_NV * x_NV).sum(1) + num_tied_N * torch.exp(edge_N) * edge_N) / sums[-1]
     return torch.stack(sums, dim=1), mean_N
+
+
+@cache
+def _compiled_rest_sums() -> Callable[..., tuple[Tensor, Tensor]]:
+    return torch.compile(_rest_sums, dynamic=True)
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether the one-pass sums can be built here: a CPU needs a C++ compiler, on a GPU Triton brings its own."""
+    return device.type == "cuda" or any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++"))
 
 
 def largest(x_NV: Tensor, num: int) -> tuple[Tensor, Tensor]:
@@ -241,7 +262,7 @@ def merge(parts: Sequence[LocalStatistics], spec: Spec) -> Statistics:
 
 
 def chunk_rows(num_ids: int, *, is_cuda: bool) -> int:
-    """Positions in a chunk, so that its two float32 buffers stay near 1 GiB on a GPU and in reach of a CPU's caches."""
+    """Positions in a chunk, so that its float32 logits stay near 1 GiB on a GPU and in reach of a CPU's caches."""
     return max(16, (1 << 30 if is_cuda else 1 << 25) // (8 * num_ids))
 
 

@@ -17,7 +17,7 @@ from distill.cache.projection import Moments, Projection
 from distill.config import CacheConfig
 from distill.errors import RetryError, UsageError
 from distill.records import Prompt, Targets
-from distill.teacher.capture import Head, Projector, Spec, Statistics, chunk_rows, statistics
+from distill.teacher.capture import Head, Projector, Spec, Statistics, can_compile, chunk_rows, statistics
 from distill.teacher.engine import FloatArray, first_trained
 
 _WINDOW = 64  # sequences sorted by length together
@@ -162,6 +162,7 @@ def _head_of(model: Any, vocab_size: int, *, float32: bool) -> Head:
         soft_cap=getattr(config, "final_logit_softcapping", None),
         scale=float(getattr(config, "logit_scale", 0) or 1 / float(getattr(config, "logits_scaling", 0) or 1)),
         float32=float32,
+        compiled=can_compile(layer.weight.device),
     )
 
 

@@ -25,6 +25,7 @@ from distill.teacher.capture import (
     Projector,
     Spec,
     Statistics,
+    can_compile,
     chunk_rows,
     joined,
     local_statistics,
@@ -298,6 +299,7 @@ def _find_head(model: Any, vocab_size: int, *, float32: bool) -> Head:
         soft_cap=processors[0].soft_cap,
         scale=float(processors[0].scale),
         float32=float32,
+        compiled=can_compile(lm_head.weight.device),
     )
 
 
@@ -308,6 +310,6 @@ def _to_host(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor],
     host = {name: torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
         host[name].copy_(tensor, non_blocking=True)
-    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    copied = torch.cuda.Event()
     copied.record()
     return host, copied

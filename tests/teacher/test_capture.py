@@ -17,6 +17,7 @@ from distill.teacher.capture import (
     Projector,
     Spec,
     Statistics,
+    can_compile,
     largest,
     local_statistics,
     merge,
@@ -67,6 +68,24 @@ def test_statistics_equal_a_float64_reference(temperatures: tuple[float, ...], c
     spec = Spec(top_k=64, temperatures=temperatures)
     found = statistics(Head(weight_VD, num_ids=len(weight_VD)), hidden_ND, spec, chunk=chunk)
     _assert_exact(found, hidden_ND @ weight_VD.T, spec)
+
+
+def test_the_compiled_pass_equals_the_plain_one() -> None:
+    """In float32 and bfloat16; ties at the edge of the top-k, of which bfloat16 has many, count once each."""
+    assert can_compile(torch.device("cpu"))
+    weight_VD, hidden_ND = _case()
+    for weight, float32 in ((weight_VD, True), (weight_VD.bfloat16(), False)):
+        plain = Head(weight, num_ids=5003, float32=float32)
+        compiled = Head(weight, num_ids=5003, float32=float32, compiled=True)
+        expected = statistics(plain, hidden_ND.to(weight.dtype), SPEC, chunk=16)
+        found = statistics(compiled, hidden_ND.to(weight.dtype), SPEC, chunk=16)
+        for name in ("topk_logprobs", "log_z", "log_tail", "entropy"):
+            assert torch.allclose(getattr(found, name), getattr(expected, name), atol=1e-5), name
+        logits_NV = plain.logits(hidden_ND.to(weight.dtype)).float()
+        at_edge = logits_NV == logits_NV.topk(SPEC.top_k, dim=1).values[:, -1:]
+        assert float32 or (at_edge.sum(1) > 1).any(), "the case must hold ties"
+        assert (found.log_z.double() - _reference(logits_NV, SPEC)["log_z"]).abs().max() < 2e-5
+        assert (found.log_tail.double() - _reference(logits_NV, SPEC)["log_tail"]).abs().max() < 1e-4
 
 
 def test_a_tiny_tail_keeps_its_relative_precision() -> None:

@@ -4,6 +4,7 @@ What it protects: the shift between positions and targets, chunked prefill, mask
 """
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,8 +22,8 @@ TEMPERATURES = (4.0, 2.0, 1.0)
 K = 64
 
 
-def fill(engine: str, teacher: Path, data_files: dict[str, Path], out: Path) -> CacheReader:
-    """A cache filled by the command line."""
+def fill(engine: str, teacher: Path, data_files: dict[str, Path], out: Path, *more: str) -> CacheReader:
+    """A cache filled by the command line; ``more`` are KEY=VALUE settings."""
     options = {
         "vllm": [
             f"engine_options.max_num_batched_tokens={CHUNK}",
@@ -36,7 +37,7 @@ def fill(engine: str, teacher: Path, data_files: dict[str, Path], out: Path) -> 
         *("--teacher", teacher, "--out", out, "--engine", engine, "--dtype", "float32", "--max-length", 256),
         *("--data", f"texts={data_files['texts']}", "--data", f"questions={data_files['questions']}"),
         *("--eval", f"questions={data_files['held']}"),
-        *[part for option in (*options, "unit_rows=5", "eval_fraction=0.2") for part in ("--set", option)],
+        *[part for option in (*options, *more, "unit_rows=5", "eval_fraction=0.2") for part in ("--set", option)],
         "--json",
     )
     assert done.returncode == 0, done.stderr
@@ -113,7 +114,25 @@ def test_every_captured_number_equals_a_forward_pass(
 
 
 def test_both_engines_write_the_same_rows(vllm_cache: CacheReader, transformers_cache: CacheReader) -> None:
-    ours, theirs = sequences(vllm_cache), sequences(transformers_cache)
+    assert_same_rows(vllm_cache, transformers_cache)
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="each tensor-parallel rank needs a core of its own")
+def test_tensor_parallel_ranks_merge_their_vocabularies(
+    tiny_teacher: Path,
+    data_files: dict[str, Path],
+    vllm_cache: CacheReader,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first, second, *_ = sorted(os.sched_getaffinity(0))
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{first}|{second}")
+    two = fill("vllm", tiny_teacher, data_files, tmp_path / "cache", "engine_options.tensor_parallel_size=2")
+    assert_same_rows(two, vllm_cache)
+
+
+def assert_same_rows(one: CacheReader, two: CacheReader) -> None:
+    ours, theirs = sequences(one), sequences(two)
     assert set(ours) == set(theirs)
     for sequence_id, row in ours.items():
         other = theirs[sequence_id]
