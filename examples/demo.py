@@ -61,7 +61,7 @@ def show(cached: dict[str, Any], inspected: dict[str, Any], evaluations: list[di
             table.add_row(name, domain, *row, f"{figures['top1_agreement']:.1%}", end_section=domain == "both")
     console.print(table)
     rate = cached.get("tokens_per_s")
-    console.print(f"Cache: {inspected['bytes_per_token']['total']:.0f} bytes per token on disk", end="")
+    console.print(f"Cache: {sum(inspected['bytes_per_token'].values()):.0f} bytes per token on disk", end="")
     console.print(f", captured at {rate:,.0f} tokens/s." if rate else ", captured by an earlier run.")
 
 

@@ -1,0 +1,204 @@
+"""A cache folder flows in, verified Arrow tables and ``SequenceTargets`` flow out.
+
+A shard's SHA-256 is checked once for each reader, the checksum of every page at each read. Nothing is read that a
+commit record does not name, nothing outside the folder, and no more than the record declares.
+"""
+
+import errno
+import hashlib
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from distill.cache import document, storage
+from distill.cache.codec import decode
+from distill.cache.identity import file_hash
+from distill.cache.plan import Commit, Identity, Manifest, Plan, Recorded, Source
+from distill.cache.projection import Projection, widths_of
+from distill.cache.schema import Layout, row_schema
+from distill.cache.shard import bounds_problem, groups_of, open_shard
+from distill.errors import CorruptionError, DataError, IdentityError, StorageError
+from distill.records import SequenceTargets, Split
+
+_REPAIR = (
+    "Restore the file from a copy; or delete manifest.json and the unit's commits/ record, and run the same "
+    "`distill cache-teacher` command again."
+)
+_RESTORE = "Restore it from a copy."
+
+
+class CacheReader:
+    """Reads the cache at ``root``; see ``CacheReader.open``. Picklable: a copy checks every shard anew."""
+
+    def __init__(self, root: Path, description: Plan | Manifest, commits: tuple[Commit, ...], *, sealed: bool) -> None:
+        self.root = root
+        self.identity: Identity = description.identity
+        self.recorded: Recorded = description.recorded
+        self.sources: tuple[Source, ...] = description.sources
+        self.commits = commits
+        self.num_units = len(description.units) if isinstance(description, Plan) else len(commits)  # planned
+        self.sealed = sealed
+        self._footers: dict[str, pq.FileMetaData] = {}  # of shards whose SHA-256 was right
+        self._projection: Projection | None = None
+
+    @staticmethod
+    def open(path: str | Path, *, allow_incomplete: bool = False) -> "CacheReader":
+        """The cache at ``path``; with ``allow_incomplete``, whatever units of it are committed.
+
+        Raises DataError when there is no cache, or an incomplete one that is not allowed; CorruptionError when its
+        records are damaged; UsageError for a URL.
+        """
+        root = storage.local_root(path)
+        manifest_path = storage.inside(root, "manifest.json")
+        try:
+            manifest = document.parse(Manifest, storage.read(manifest_path), path=manifest_path, fix=_RESTORE)
+        except FileNotFoundError:
+            return _open_unsealed(root, allow_incomplete=allow_incomplete)
+        return CacheReader(root, manifest, manifest.commits, sealed=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_footers": {}, "_projection": None}
+
+    @property
+    def top_k(self) -> int:
+        """Log-probabilities kept for each position."""
+        return self.identity.top_k
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        """Temperatures that the cache serves, in the order of ``log_z`` and ``log_tail``."""
+        return self.identity.temperatures
+
+    @property
+    def hidden_bytes(self) -> int:
+        """Bytes of a position's projected hidden state; 0: none is kept."""
+        return self.identity.hidden_bytes
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Domains in order of first appearance."""
+        return tuple(dict.fromkeys(commit.domain for commit in self.commits))
+
+    @property
+    def teacher_dir(self) -> Path:
+        """Folder of the teacher's tokenizer and configuration."""
+        return self.root / "teacher"
+
+    @property
+    def projection(self) -> Projection | None:
+        """The fitted projection, read once; None where the cache keeps no hidden states.
+
+        Raises CorruptionError when the file is missing or not the one that the commits name.
+        """
+        if self._projection is None and self.hidden_bytes:
+            path = storage.inside(self.root, "projection.safetensors")
+            try:
+                data = storage.read(path)
+            except FileNotFoundError as error:
+                raise CorruptionError(f"{path} is missing. {_RESTORE}") from error
+            if {commit.projection_sha256 for commit in self.commits} - {hashlib.sha256(data).hexdigest()}:
+                raise CorruptionError(f"{path} is not the projection that the units were made with. {_RESTORE}")
+            self._projection = Projection.from_bytes(data)
+        return self._projection
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Shapes of a row's lists, from the head of the projection file alone. Raises CorruptionError as it does."""
+        if not self.hidden_bytes:
+            return Layout.of(self.identity, ())
+        path = storage.inside(self.root, "projection.safetensors")
+        return Layout.of(self.identity, widths_of(path))
+
+    def units(self, domain: str | None = None) -> tuple[Commit, ...]:
+        """Commit records in order of units, of one domain or all."""
+        return tuple(commit for commit in self.commits if domain in (None, commit.domain))
+
+    def num_rows(self, domain: str | None = None, split: Split | None = None) -> int:
+        """Sequences of one domain or all, of one split or both."""
+        counts = [commit.num_rows for commit in self.units(domain)]
+        return sum(count.total if split is None else count[split] for count in counts)
+
+    def temperature_index(self, temperature: float) -> int:
+        """Column of ``log_z`` and ``log_tail``. Raises IdentityError when the cache does not hold the temperature."""
+        for index, held in enumerate(self.temperatures):
+            if abs(held - temperature) < 1e-9:
+                return index
+        held_text = ", ".join(f"{value:g}" for value in self.temperatures)
+        raise IdentityError(
+            f"{self.root} holds targets for the temperatures {held_text}, not {temperature:g}. Train at one of these, "
+            f"or make another cache with --temperatures {temperature:g},… ."
+        )
+
+    def read_unit(self, commit: Commit, *, columns: list[str] | None = None) -> pa.Table:
+        """The rows of a unit, train rows first; all columns or the named ones.
+
+        Raises CorruptionError, with unit and file, when the shard is missing or not the one that was committed.
+        """
+        return self._read(commit, columns=columns, split=None)
+
+    def sequences(self, commit: Commit, split: Split) -> list[SequenceTargets]:
+        """The rows of one split of a unit, in order. Raises as ``read_unit`` does."""
+        return decode(self._read(commit, columns=None, split=split), self.layout)
+
+    def _read(self, commit: Commit, *, columns: list[str] | None, split: Split | None) -> pa.Table:
+        path = storage.inside(self.root, commit.shard)
+        try:
+            footer = self._verified_footer(commit, path)
+            groups = groups_of(footer, num_train=commit.num_rows.train, split=split)
+            with open_shard(path, footer) as file:
+                return file.read_row_groups(groups, columns=columns, use_threads=False)
+        except (OSError, pa.ArrowException) as error:
+            if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT, errno.ENOTDIR):
+                raise StorageError(f"unit {commit.unit}: cannot read {path}: {error.strerror}.") from error
+            raise CorruptionError(f"unit {commit.unit}: {path} cannot be read: {error}. {_REPAIR}") from error
+
+    def _verified_footer(self, commit: Commit, path: Path) -> pq.FileMetaData:
+        """The shard's footer, after its size, SHA-256, columns and memory bounds proved right: once for each reader."""
+        footer = self._footers.get(commit.shard)
+        if footer is None:
+            footer, problem = self._examine(commit, path)
+            if footer is None or problem:
+                raise CorruptionError(
+                    f"unit {commit.unit}: {path} is not the file that was committed: {problem}. {_REPAIR}"
+                )
+            self._footers[commit.shard] = footer
+        return footer
+
+    def _examine(self, commit: Commit, path: Path) -> tuple[pq.FileMetaData | None, str | None]:
+        num_bytes = path.stat().st_size
+        if num_bytes != commit.num_bytes:
+            return None, f"it has {num_bytes} bytes, its record says {commit.num_bytes}"
+        if file_hash(path) != commit.sha256:
+            return None, "its SHA-256 is another"
+        with open_shard(path) as file:
+            if not file.schema_arrow.equals(row_schema(self.layout)):
+                return None, "its columns are not those of this cache"
+            return file.metadata, bounds_problem(path, file.metadata, commit, self.layout)
+
+
+def _open_unsealed(root: Path, *, allow_incomplete: bool) -> CacheReader:
+    path = storage.inside(root, "plan.json")
+    try:
+        plan = document.parse(Plan, storage.read(path), path=path, fix=_RESTORE)
+    except FileNotFoundError:
+        raise DataError(
+            f"no cache at {root}: it has no plan.json. Make one with `distill cache-teacher --out {root} …`, or "
+            "correct the path."
+        ) from None
+    commits = []
+    for unit in plan.units:
+        commit_path = storage.inside(root, f"commits/{unit.unit}.json")
+        try:
+            commits.append(document.parse(Commit, storage.read(commit_path), path=commit_path, fix=_REPAIR))
+        except FileNotFoundError:
+            continue
+    if not allow_incomplete:
+        raise DataError(
+            f"{root} is incomplete: {len(commits)} of {len(plan.units)} units are committed"
+            f"{' but manifest.json is missing' if len(commits) == len(plan.units) else ''}. Run the same "
+            "`distill cache-teacher` command again to finish, or pass --allow-incomplete to use what is there."
+        )
+    return CacheReader(root, plan, tuple(commits), sealed=False)

@@ -1,0 +1,191 @@
+"""Bytes and names flow in, files that survive a power cut flow out; a name never leads out of the cache's folder.
+
+Nothing is ever visible half: content goes to a temporary file, is synced, and only then gets its name. ``create_once``
+gives the name with ``os.link``, which fails when the name exists, so that of many writers exactly one wins.
+"""
+
+import contextlib
+import errno
+import hashlib
+import io
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from distill.errors import CorruptionError, StorageError, UsageError
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
+TEMPORARY = ".partial"  # suffix of a file that is being written
+
+
+def local_root(path: str | Path) -> Path:
+    """The folder of a cache. Raises UsageError for a URL: caches live on local or mounted disks."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", str(path)):
+        raise UsageError(
+            f"{path} is a URL, and a cache is a local folder for now. Name a local path, or mount the store and name "
+            "the mounted folder."
+        )
+    return Path(path)
+
+
+def inside(root: Path, name: str) -> Path:
+    """The path of ``name`` below ``root``.
+
+    Raises CorruptionError when the name could lead elsewhere: absolute, with "..", a URL, or through a symbolic link.
+    """
+    if not _NAME.fullmatch(name):
+        raise CorruptionError(
+            f"{root} names the file '{name}', which may lie outside its folder. A cache never does: do not use it, and "
+            "ask for a clean copy."
+        )
+    path = root
+    for part in name.split("/"):
+        path = path / part
+        if path.is_symlink():
+            raise CorruptionError(
+                f"{path} is a symbolic link. The files of a cache lie in its own folder: replace the link by the file."
+            )
+    return path
+
+
+def read(path: Path) -> bytes:
+    """Content of a file. Raises FileNotFoundError where there is none, StorageError where it cannot be read."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror}. Check the path and its rights.") from error
+
+
+def create_once(path: Path, data: bytes) -> bool:
+    """Write ``data`` under a name that does not exist yet. False, and nothing changed, when it does.
+
+    Raises StorageError when the disk refuses.
+    """
+    with _storage_errors(path, need=len(data)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = _temporary(path)
+        try:
+            _write_synced(temporary, lambda file: file.write(data))
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                return False
+            _sync_folder(path.parent)
+            return True
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write(path: Path, fill: Callable[[BinaryIO], object], *, need: int) -> str:
+    """Write a file whose name nobody else uses, or replace it: ``fill`` puts the content into an open file.
+
+    ``need`` is the expected size in bytes, for the message. Returns the SHA-256 of the bytes that were sent to the
+    disk. Raises StorageError when the disk refuses.
+    """
+    with _storage_errors(path, need=need):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = _temporary(path)
+        try:
+            sha256 = _write_synced(temporary, fill)
+            temporary.replace(path)
+            _sync_folder(path.parent)
+            return sha256
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def remove(path: Path) -> None:
+    """Delete a file that may be gone already."""
+    with _storage_errors(path, need=0):
+        path.unlink(missing_ok=True)
+
+
+def require_writable(folder: Path) -> None:
+    """Raise StorageError early where nothing could be written later: a read-only mount, a folder of someone else."""
+    if not os.access(folder, os.W_OK):
+        raise StorageError(
+            f"{folder} cannot be written: it is read-only for you. Give yourself the right to write there, mount it "
+            "for writing, or change --out."
+        )
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}{TEMPORARY}")
+
+
+class _HashingFile(io.FileIO):
+    """Knows the SHA-256 of what is written to it, front to back."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "xb")
+        self.digest = hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        written = 0
+        while written < len(view):
+            written += super().write(view[written:])
+        self.digest.update(view)
+        return written
+
+
+def _write_synced(path: Path, fill: Callable[[BinaryIO], object]) -> str:
+    with _HashingFile(path) as file:
+        fill(cast(BinaryIO, file))
+        os.fsync(file.fileno())
+        return file.digest.hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _storage_errors(path: Path, *, need: int) -> Iterator[None]:
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        raise StorageError(_explain(path, error, need=need)) from error
+
+
+def _explain(path: Path, error: OSError, *, need: int) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return (
+            f"the disk is full: {path} needs {_size(need)}, {_free(path)} are free. Free some space and run the same "
+            "command again; what is committed stays."
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{path} cannot be written: {error.strerror}. Give yourself the right to write there, or change --out."
+    if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        return f"{path} cannot be written: a file stands where a folder should be. Move it away, or change --out."
+    reason = error.strerror or str(error)
+    return (
+        f"{path} cannot be written: {reason}. Check the disk, then run the same command again; what is committed stays."
+    )
+
+
+def _free(path: Path) -> str:
+    for folder in path.parents:
+        if folder.is_dir():
+            return _size(shutil.disk_usage(folder).free)
+    return "an unknown number of bytes"
+
+
+def _size(num_bytes: int) -> str:
+    for unit in ("bytes", "kB", "MB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.0f} {unit}"
+        num_bytes = num_bytes // 1000
+    return f"{num_bytes} GB"

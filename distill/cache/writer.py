@@ -1,0 +1,295 @@
+"""A plan and, unit by unit, the teacher's rows flow in; committed shards and, when all are in, a manifest flow out.
+
+    plan.json -> projection.safetensors -> shards/<unit>-<nonce>.parquet -> rejects/<unit>-<nonce>.jsonl
+              -> commits/<unit>.json -> manifest.json
+
+Any number of writers may work on one cache at the same time, on any machines that share the disk. The commit record is
+created once: the first writer of a unit wins, a later one deletes its own files. A unit without a record does not
+exist, whatever files lie about.
+"""
+
+import hashlib
+import json
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from distill.cache import document, storage
+from distill.cache.card import render_card
+from distill.cache.identity import data_differences, differences, file_hash
+from distill.cache.plan import Commit, Counts, Manifest, Plan, Unit, total
+from distill.cache.projection import Projection
+from distill.cache.sanity import problem
+from distill.cache.schema import Layout
+from distill.cache.shard import write_rows
+from distill.errors import CorruptionError, IdentityError, StorageError, UsageError
+from distill.records import Reject, SequenceTargets
+
+_BAD_SHARE = 0.001  # of a unit's rows; more insane ones than this, and at least two, stop the job
+_DAMAGED = "Restore it from a copy; or delete it and run the same `distill cache-teacher` command again."
+
+
+class CacheWriter:
+    """Adds units to the cache at ``root``; see ``CacheWriter.open``."""
+
+    def __init__(self, root: Path, plan: Plan) -> None:
+        self.root = root
+        self.plan = plan
+        self._known_projection: _KnownProjection | None = None
+
+    @staticmethod
+    def open(root: str | Path, plan: Plan) -> "CacheWriter":
+        """Begin the cache at ``root``, or go on with the one that is there.
+
+        ``recorded`` and the paths of sources may differ from those of the existing plan, which stays. Raises
+        IdentityError when identity or data differ, StorageError when the folder cannot be written, UsageError for a
+        URL.
+        """
+        folder = storage.local_root(root)
+        path = folder / "plan.json"
+        if not path.exists() and storage.create_once(path, document.render(plan)):
+            return CacheWriter(folder, plan)
+        existing = document.parse(Plan, storage.read(path), path=path, fix=_DAMAGED)
+        _refuse_other(folder, existing, plan)
+        storage.require_writable(folder)
+        return CacheWriter(folder, existing)
+
+    def missing_units(self) -> list[Unit]:
+        """Units of the plan that have no commit record yet."""
+        return [unit for unit in self.plan.units if not self._commit_path(unit).exists()]
+
+    def put_once(self, name: str, data: bytes) -> bytes:
+        """Keep ``data`` as the file ``name`` unless there is one already; returns what the cache holds now."""
+        path = storage.inside(self.root, name)
+        return data if storage.create_once(path, data) else storage.read(path)
+
+    def commit(
+        self, unit: Unit, rows: Sequence[SequenceTargets], *, rejects: Sequence[Reject], num_input_rows: int
+    ) -> Commit:
+        """Make ``rows`` the content of ``unit`` and return its record; the winner's, when another writer was first.
+
+        Rows with numbers that cannot be right become rejects. Raises CorruptionError when there are many of them, when
+        input rows are unaccounted for, or when the disk gives back other bytes than were written; StorageError when it
+        refuses. After an error the unit does not exist, and may be committed again.
+        """
+        sane, insane = self._sort_out(unit, rows)
+        all_rejects = [*rejects, *insane]
+        self._check_accounts(unit, num_rows=len(sane), num_rejects=len(all_rejects), num_input_rows=num_input_rows)
+        ordered = [row for split in ("train", "eval") for row in sane if row.prompt.split == split]
+        try:
+            commit = self._write_files(unit, ordered, all_rejects)
+        except StorageError:
+            # Sealing sweeps files that no commit names. Every unit is in by then, so this one has a winner.
+            if self._commit_path(unit).exists():
+                return self._committed(unit)
+            raise
+        if storage.create_once(self._commit_path(unit), document.render(commit)):
+            return commit
+        for name in (commit.shard, commit.rejects):
+            if name:
+                storage.remove(self.root / name)
+        return self._committed(unit)
+
+    def seal(self) -> Manifest | None:
+        """Write the manifest and sweep away files of lost races and killed writers; None while units are missing.
+
+        Raises CorruptionError when there is a manifest already and the commits have changed since.
+        """
+        if self.missing_units():
+            return None
+        commits = tuple(self._committed(unit) for unit in self.plan.units)
+        manifest = Manifest(
+            identity=self.plan.identity,
+            recorded=self.plan.recorded,
+            sources=self.plan.sources,
+            eval_fraction=self.plan.eval_fraction,
+            projection_sha256=self._projection().sha256,
+            files=self._other_files(),
+            commits=commits,
+            totals=total(commits),
+        )
+        self._sweep(commits)
+        card = render_card(manifest).encode()
+        storage.write(self.root / "README.md", lambda file: file.write(card), need=len(card))
+        path = self.root / "manifest.json"
+        if storage.create_once(path, document.render(manifest)):
+            return manifest
+        existing = document.parse(Manifest, storage.read(path), path=path, fix=_DAMAGED)
+        if existing.commits != commits:
+            raise CorruptionError(
+                f"{path} does not agree with the commit records: units were made again since it was written. Delete it "
+                "and run the same command again."
+            )
+        return existing
+
+    def _commit_path(self, unit: Unit) -> Path:
+        return self.root / "commits" / f"{unit.unit}.json"
+
+    def _committed(self, unit: Unit) -> Commit:
+        path = self._commit_path(unit)
+        return document.parse(Commit, storage.read(path), path=path, fix=_DAMAGED)
+
+    def _projection(self) -> "_KnownProjection":
+        """Read once: the projection is created before the first commit and never changes."""
+        if self._known_projection is None:
+            self._known_projection = _know_projection(self.root, self.plan)
+        return self._known_projection
+
+    def _sort_out(self, unit: Unit, rows: Sequence[SequenceTargets]) -> tuple[list[SequenceTargets], list[Reject]]:
+        """Rows that may be stored, and rejects of the others."""
+        layout = self._projection().layout
+        sane, insane = [], []
+        for row in rows:
+            assert row.prompt.domain == unit.domain, f"a row of {row.prompt.domain} in a unit of {unit.domain}"
+            reason = problem(row, identity=self.plan.identity, layout=layout)
+            if reason is None:
+                sane.append(row)
+            else:
+                insane.append(Reject(domain=unit.domain, source=row.prompt.source, reason=f"the teacher left {reason}"))
+        if len(insane) >= 2 and len(insane) > _BAD_SHARE * len(rows):
+            raise CorruptionError(
+                f"unit {unit.unit}: {len(insane)} of {len(rows)} rows hold numbers that cannot be right, the first at "
+                f"{insane[0].source}: {insane[0].reason}. Nothing of the unit is stored. Check the teacher's weights, "
+                "dtype and engine options, then run the same command again."
+            )
+        return sane, insane
+
+    def _check_accounts(self, unit: Unit, *, num_rows: int, num_rejects: int, num_input_rows: int) -> None:
+        """Every input row is a sequence or a reject. Splitting over-long rows makes more sequences than input rows."""
+        splits = self.plan.identity.overlong == "split"
+        accounted = num_rows + num_rejects
+        lost = accounted < num_input_rows or (accounted > num_input_rows and not splits)
+        if lost or num_input_rows != unit.num_input_rows:
+            raise CorruptionError(
+                f"unit {unit.unit} is planned with {unit.num_input_rows} input rows; {num_input_rows} were read, and "
+                f"{num_rows} sequences and {num_rejects} rejects came of them. Nothing of the unit is stored. Restore "
+                "the data file if it changed since the plan was made, then run the same command again."
+            )
+
+    def _write_files(self, unit: Unit, rows: Sequence[SequenceTargets], rejects: Sequence[Reject]) -> Commit:
+        """The shard and the rejects, on disk and read back, and the record that would make them visible."""
+        nonce = secrets.token_hex(8)
+        shard = f"shards/{unit.unit}-{nonce}.parquet"
+        written = self._write_shard(shard, unit, rows)
+        rejects_file = rejects_sha256 = None
+        if rejects:
+            rejects_file = f"rejects/{unit.unit}-{nonce}.jsonl"
+            lines = "".join(_reject_line(reject) for reject in rejects).encode("utf-8", "replace")
+            path = storage.inside(self.root, rejects_file)
+            rejects_sha256 = storage.write(path, lambda file: file.write(lines), need=len(lines))
+        counts = _counts(rows)
+        return Commit(
+            unit=unit.unit,
+            domain=unit.domain,
+            nonce=nonce,
+            shard=shard,
+            sha256=written.sha256,
+            num_bytes=written.num_bytes,
+            num_decoded_bytes=written.num_decoded_bytes,
+            num_rows=counts["rows"],
+            num_targets=counts["targets"],
+            num_trained=counts["trained"],
+            num_input_rows=unit.num_input_rows,
+            num_rejects=len(rejects),
+            rejects=rejects_file,
+            rejects_sha256=rejects_sha256,
+            projection_sha256=self._projection().sha256,
+        )
+
+    def _write_shard(self, name: str, unit: Unit, rows: Sequence[SequenceTargets]) -> "_Written":
+        """Raises CorruptionError when the disk gives back other bytes than it was given."""
+        layout = self._projection().layout
+        path = storage.inside(self.root, name)
+        need = sum(row.prompt.num_targets for row in rows) * 8 * layout.top_k
+        num_decoded_bytes = 0
+
+        def fill(file: BinaryIO) -> None:
+            nonlocal num_decoded_bytes
+            num_decoded_bytes = write_rows(file, rows, layout)
+
+        sha256 = storage.write(path, fill, need=need)
+        try:
+            read_back, num_bytes = file_hash(path), path.stat().st_size
+        except OSError as error:
+            raise StorageError(
+                f"{path} cannot be read back: {error.strerror}. Check the disk, then run again."
+            ) from error
+        if read_back != sha256:
+            raise CorruptionError(
+                f"unit {unit.unit}: {path} does not read back as it was written. The unit is not committed. Check the "
+                "disk, then run the same command again."
+            )
+        return _Written(sha256=sha256, num_bytes=num_bytes, num_decoded_bytes=num_decoded_bytes)
+
+    def _other_files(self) -> dict[str, str]:
+        paths = [self.root / name for name in ("projection.safetensors", "fidelity.safetensors", "samples.parquet")]
+        paths += sorted(path for path in (self.root / "teacher").rglob("*") if storage.TEMPORARY not in path.name)
+        return {path.relative_to(self.root).as_posix(): file_hash(path) for path in paths if path.is_file()}
+
+    def _sweep(self, commits: Sequence[Commit]) -> None:
+        """Delete what no commit names, so that ``shards/*.parquet`` is the cache. Its writers have lost already."""
+        named = {name for commit in commits for name in (commit.shard, commit.rejects)}
+        for folder in ("shards", "rejects"):
+            for path in (self.root / folder).glob("*"):
+                if f"{folder}/{path.name}" not in named and not path.is_dir():
+                    storage.remove(path)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _KnownProjection:
+    layout: Layout
+    sha256: str | None
+
+
+def _know_projection(root: Path, plan: Plan) -> _KnownProjection:
+    identity = plan.identity
+    if identity.hidden_bytes == 0:
+        return _KnownProjection(layout=Layout.of(identity, ()), sha256=None)
+    path = root / "projection.safetensors"
+    if not path.exists():
+        raise UsageError(
+            f"{path} is missing, and hidden_bytes is {identity.hidden_bytes}: put the projection into the cache before "
+            "the first unit."
+        )
+    data = storage.read(path)
+    widths = Projection.from_bytes(data).widths
+    return _KnownProjection(layout=Layout.of(identity, widths), sha256=hashlib.sha256(data).hexdigest())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Written:
+    sha256: str
+    num_bytes: int
+    num_decoded_bytes: int
+
+
+def _refuse_other(root: Path, existing: Plan, plan: Plan) -> None:
+    lines = differences(existing.identity, plan.identity)
+    if lines:
+        raise IdentityError(
+            f"{root} is a cache of another identity: {'; '.join(lines)}. Use the cache's own settings to add to it, or "
+            "another --out for another cache."
+        )
+    changed = data_differences(existing, plan)
+    if changed:
+        raise IdentityError(
+            f"{root} is a cache of the same teacher and targets, but the data changed: {'; '.join(changed)}. A cache "
+            "never grows: put other data into another cache (another --out) and train on both, or restore the data."
+        )
+
+
+def _reject_line(reject: Reject) -> str:
+    record = {"domain": reject.domain, "source": reject.source, "reason": reject.reason}
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def _counts(rows: Sequence[SequenceTargets]) -> dict[str, Counts]:
+    numbers = {name: {"train": 0, "eval": 0} for name in ("rows", "targets", "trained")}
+    for row in rows:
+        split = row.prompt.split
+        numbers["rows"][split] += 1
+        numbers["targets"][split] += row.prompt.num_targets
+        numbers["trained"][split] += int(row.prompt.loss_mask.sum())
+    return {name: Counts(**values) for name, values in numbers.items()}
