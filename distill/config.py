@@ -137,7 +137,8 @@ class StageConfig(_Model):
     epochs: float = Field(gt=0)
     max_steps: int | None = Field(None, ge=1, description="optimizer steps; overrides epochs")
     batch_size: int = Field(ge=1, description="sequences in an optimizer step, over all devices")
-    eval_every: int = Field(100, ge=1, description="optimizer steps between evaluations")
+    eval_every: int = Field(100, ge=1, description="optimizer steps between evaluations, and between checkpoints")
+    eval_rows: int = Field(256, ge=1, description="held-out sequences of each domain that an evaluation reads")
     balance: bool = Field(False, description="gradient balancing; not available yet: true is refused")
     sampling: Literal["uniform", "evaluation"] = Field(
         "uniform", description="evaluation-driven sampling is not available yet and is refused"

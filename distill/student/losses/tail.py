@@ -1,0 +1,36 @@
+"""A cache's projection flows in, a model of the teacher's tail on the student's device flows out."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distill.cache.projection import Projection
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TailModel:
+    """The map from projected hidden states back to logits: ``Projection.tail_logits`` on a device."""
+
+    basis: Tensor  # [R, V] compute dtype
+    bias: Tensor  # [V] float32
+    logit_scale: float
+    soft_cap: float | None
+
+    @staticmethod
+    def of(projection: Projection, *, device: torch.device, dtype: torch.dtype) -> "TailModel":
+        """The projection's basis and bias as tensors; ``dtype`` is that of the matrix product."""
+        return TailModel(
+            basis=torch.from_numpy(projection.basis_VR).to(device=device, dtype=dtype).T,
+            bias=torch.from_numpy(projection.bias_V).to(device=device, dtype=torch.float32),
+            logit_scale=projection.logit_scale,
+            soft_cap=projection.soft_cap,
+        )
+
+    def logits(self, coords_NR: Tensor) -> Tensor:
+        """``scale cap(B c + b)``, [N, V] float32; only differences within a row mean anything."""
+        logits_NV = (coords_NR.to(self.basis.dtype) @ self.basis).float()
+        logits_NV += self.bias
+        if self.soft_cap is not None:
+            logits_NV = self.soft_cap * torch.tanh(logits_NV / self.soft_cap)
+        return logits_NV * self.logit_scale if self.logit_scale != 1.0 else logits_NV

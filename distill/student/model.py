@@ -1,0 +1,231 @@
+"""A model folder, an adapter and a configuration flow in; a student with hidden states and a head flows out.
+
+``B`` sequences, ``S`` padded length, ``N`` trained tokens, ``D`` hidden size, ``V`` real vocabulary.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill.config import LoraConfig, TrainConfig
+from distill.errors import CorruptionError, IdentityError, UsageError
+from distill.student.batch import DistillBatch
+from distill.student.losses.fused import Head, chunks_of_logits
+from distill.student.precision import Precision
+
+ADAPTER_FILE = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """Where a student's weights come from: a plain transformers folder or hub name, and a LoRA adapter on top of it."""
+
+    base: str
+    adapter: Path | None = None
+
+
+class Student:
+    """A causal language model whose forward pass stops before the logits."""
+
+    def __init__(self, model: Any, *, head: Head, precision: Precision) -> None:
+        self.model = model  # a transformers model, or peft's wrapper of one
+        self.precision = precision
+        self._head = head
+        self._decoder = causal_of(model).base_model
+
+    @property
+    def hidden_size(self) -> int:
+        """D."""
+        return int(self._head.weight.shape[1])
+
+    def hidden(self, batch: DistillBatch) -> Tensor:
+        """Final hidden states of the batch's trained tokens, after the last norm: [N, D]."""
+        with self.precision.context():
+            output = self._decoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        states_BSD: Tensor = output.last_hidden_state
+        return states_BSD.flatten(0, 1).index_select(0, batch.trained)
+
+    def head(self) -> Head:
+        """The LM head; its weight is the live parameter."""
+        return self._head
+
+    def save(self, folder: Path) -> None:
+        """Write the model, or the adapter alone where there is one, as safetensors and JSON."""
+        adapter = {"save_embedding_layers": False} if hasattr(self.model, "peft_config") else {}
+        self.model.save_pretrained(folder, **adapter)
+
+    def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and parameters that the optimizer trains."""
+        return ((name, value) for name, value in self.model.named_parameters() if value.requires_grad)
+
+
+def causal_of(model: Any) -> Any:
+    """The transformers model inside peft's wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
+def load_student(
+    config: TrainConfig, origin: Origin, *, precision: Precision, vocab_size: int, training: bool
+) -> Student:
+    """The student at ``origin`` on its device, ready to train what ``config.tune`` says, or to be evaluated.
+
+    Raises UsageError for a model that is missing, has no safetensors, or changes its logits in an unknown way;
+    IdentityError when its head has fewer rows than the cache has ids.
+    """
+    _check_config(origin.base, vocab_size, config, training=training)
+    full = training and config.tune == "full"
+    dtype = torch.float32 if full else precision.compute_dtype
+    model = load_causal(origin.base, dtype=dtype, trust_remote_code=config.trust_remote_code).to(precision.device)
+    head = _head_of(model, vocab_size, precision)
+    _check_head(model, head)
+    if origin.adapter is not None:
+        model = _with_adapter(model, origin.adapter, trainable=training and not full)
+        model = model.merge_and_unload() if full else model
+    elif training and not full:
+        model = _with_new_adapter(model, config.lora)
+    if full or not training:
+        model.requires_grad_(full)
+    if training and config.gradient_checkpointing:
+        causal_of(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return Student(model, head=head, precision=precision)
+
+
+def load_causal(base: str, *, dtype: torch.dtype | str, trust_remote_code: bool) -> Any:
+    """A causal language model from safetensors; nothing is unpickled. Raises UsageError when it cannot be loaded."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            base, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise _cannot_load(base, error) from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise UsageError(
+            f"the weights of {base} lack {len(missing)} parameters, {missing[0]} among them, which would be random. "
+            "Use a complete model folder."
+        )
+    return model
+
+
+def _cannot_load(base: str, error: Exception) -> UsageError:
+    return UsageError(
+        f"cannot load the model {base}: {str(error).splitlines()[0]} It must be a folder or hub name of a causal "
+        "language model with safetensors weights; pickled weights are never loaded. Check --student and --from."
+    )
+
+
+def _check_config(base: str, vocab_size: int, config: TrainConfig, *, training: bool) -> None:
+    """The checks that need no weights."""
+    from transformers import AutoConfig
+
+    try:
+        found = AutoConfig.from_pretrained(base, trust_remote_code=config.trust_remote_code).get_text_config()
+    except (OSError, ValueError, KeyError) as error:
+        raise _cannot_load(base, error) from error
+    if training and config.student_layers not in (None, found.num_hidden_layers):
+        raise UsageError(
+            f"student_layers is {config.student_layers}, but the model to begin from, {base}, has "
+            f"{found.num_hidden_layers} layers. Only --student itself is made smaller: leave --from or student_layers "
+            "away."
+        )
+    if found.vocab_size < vocab_size:
+        raise IdentityError(
+            f"the head of {base} has {found.vocab_size} rows, but the cache has targets for {vocab_size} ids. Use a "
+            "student whose embedding covers its whole tokenizer (transformers: resize_token_embeddings)."
+        )
+
+
+def _head_of(model: Any, vocab_size: int, precision: Precision) -> Head:
+    projection = model.get_output_embeddings()
+    if not isinstance(projection, nn.Linear) or model.base_model is model:
+        raise UsageError(
+            f"{type(model).__name__} has no plain linear LM head on a decoder of its own, which the losses need. Use "
+            "another student."
+        )
+    config = model.config.get_text_config()
+    return Head(
+        weight=projection.weight,
+        bias=projection.bias,
+        vocab_size=vocab_size,
+        scale=_logit_scale(config),
+        soft_cap=getattr(config, "final_logit_softcapping", None),
+        compute_dtype=precision.compute_dtype,
+    )
+
+
+def _logit_scale(config: Any) -> float:
+    if getattr(config, "logits_scaling", None):
+        return 1.0 / float(config.logits_scaling)  # Granite divides
+    return float(getattr(config, "logit_scale", None) or 1.0)  # Cohere multiplies
+
+
+@torch.no_grad()
+def _check_head(model: Any, head: Head) -> None:
+    """Compare our logits with the model's own on a few tokens, since a model may do more to them than we know of."""
+    device = head.weight.device
+    ids_BS = torch.arange(8, device=device).remainder(head.vocab_size).unsqueeze(0)
+    model.eval()
+    own_NV = model(input_ids=ids_BS, use_cache=False).logits[0, :, : head.vocab_size].float()
+    states_ND = model.base_model(input_ids=ids_BS, use_cache=False).last_hidden_state[0]
+    (_, _, raw_NV), *_ = chunks_of_logits(states_ND, head, head.matrix(), chunk=len(states_ND))
+    error = (head.finish(raw_NV) - own_NV).abs().max()
+    if not error <= 0.02 * own_NV.abs().max() + 1e-4:
+        raise UsageError(
+            f"{type(model).__name__} does something to its logits that distill does not know of: they differ by up to "
+            f"{error:.3g} from head times hidden state. Use another student."
+        )
+
+
+def _with_adapter(model: Any, folder: Path, *, trainable: bool) -> Any:
+    from peft import PeftModel
+
+    if not (folder / ADAPTER_FILE).is_file():
+        raise UsageError(f"{folder} has no {ADAPTER_FILE}; adapters of another format are never loaded. Check --from.")
+    try:
+        adapted = PeftModel.from_pretrained(model, folder, is_trainable=trainable, use_safetensors=True)
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise CorruptionError(
+            f"the adapter in {folder} does not fit its base model: {str(error).splitlines()[0]}. Restore it from a "
+            "copy, or start from another checkpoint with --from."
+        ) from error
+    return adapted
+
+
+def _with_new_adapter(model: Any, lora: LoraConfig) -> Any:
+    import peft
+
+    _check_targets(model, lora.target_modules)
+    settings = peft.LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.target_modules),
+        task_type="CAUSAL_LM",
+    )
+    return peft.get_peft_model(model, settings)
+
+
+def _check_targets(model: Any, targets: tuple[str, ...]) -> None:
+    """peft passes over names that match nothing as long as one matches, and trains less than was asked for."""
+    names = [name for name, _ in model.named_modules()]
+    linear = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    unmatched = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in names)]
+    if unmatched or not targets:
+        raise UsageError(
+            f"lora.target_modules: {', '.join(unmatched) or 'none is named'}; no module of the student has such a "
+            f"name. Its linear layers are {', '.join(sorted(linear))}."
+        )
+    head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
+    if any(f".{head}".endswith(f".{target}") for target in targets):
+        raise UsageError(
+            f"lora.target_modules names the LM head ({head}), which the losses multiply with themselves, so that it "
+            "cannot carry an adapter. Leave it away, or train with tune: full."
+        )

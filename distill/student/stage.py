@@ -1,0 +1,218 @@
+"""A configuration and an open cache flow in, everything that a stage's training is made of flows out, or a refusal.
+
+All of it is decided before any model is loaded.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import JsonValue, ValidationError
+
+from distill.cache.reader import CacheReader
+from distill.config import ShareConfig, StageConfig, TrainConfig
+from distill.errors import DataError, IdentityError, UsageError
+from distill.student.checkpoint import State
+from distill.student.mixture import assign_domains, has_share, scheduled_shares
+from distill.student.order import DomainOrder, UnitRows
+
+_BLOCK = 2**16  # sequences whose shares are computed at a time
+
+# Keys that change speed, memory or place, but neither what is learned nor in which order.
+_FREE = frozenset(
+    {
+        "allow_incomplete",
+        "cache",
+        "device",
+        "gradient_checkpointing",
+        "head_chunk",
+        "micro_batch_tokens",
+        "out",
+        "stages",
+        "trust_remote_code",
+        "wandb",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StagePlan:
+    """A stage that can be trained: ``assigned[n]`` is the number, in ``domains``, of the domain of sequence n."""
+
+    number: int
+    stage: StageConfig
+    domains: tuple[str, ...]
+    orders: tuple[DomainOrder, ...]
+    num_steps: int
+    assigned: NDArray[np.uint8]
+    scheduled: NDArray[np.float64]  # [steps + 1, D], scheduled sequences of each domain up to a step
+
+    def shares(self, step: int) -> dict[str, dict[str, float]]:
+        """Each domain's realised and scheduled share of the sequences up to a step."""
+        consumed = step * self.stage.batch_size
+        counts = np.bincount(self.assigned[:consumed], minlength=len(self.domains))
+        return {
+            domain: {"realised": float(counts[i] / consumed), "scheduled": float(self.scheduled[step, i] / consumed)}
+            for i, domain in enumerate(self.domains)
+        }
+
+
+def plan_stage(config: TrainConfig, number: int, reader: CacheReader) -> StagePlan:
+    """The plan of stage ``number`` on ``reader``.
+
+    An epoch is the train rows, once, of all domains that ever have a share; the number of steps is
+    ceil(epochs rows / batch_size), or ``max_steps``. Raises UsageError for what this version cannot do, IdentityError
+    for targets that the cache does not hold, DataError for missing domains and rows.
+    """
+    stage = _stage_of(config, number)
+    _refuse_unavailable(number, stage)
+    reader.temperature_index(stage.temperature)
+    _check_hidden(number, stage, reader)
+    shares = {domain: share for domain, share in stage.shares.items() if has_share(share)}
+    _check_domains(number, tuple(shares), reader)
+    orders = tuple(
+        DomainOrder(
+            [UnitRows(unit=commit.unit, num_rows=commit.num_rows.train) for commit in reader.units(domain)],
+            domain=domain,
+            seed=config.seed,
+            shard_window=config.shard_window,
+        )
+        for domain in shares
+    )
+    num_rows = sum(order.num_rows for order in orders)
+    num_steps = stage.max_steps or max(1, math.ceil(stage.epochs * num_rows / stage.batch_size))
+    num_sequences = num_steps * stage.batch_size
+    return StagePlan(
+        number=number,
+        stage=stage,
+        domains=tuple(shares),
+        orders=orders,
+        num_steps=num_steps,
+        assigned=assign_domains(shares, num_sequences),
+        scheduled=_scheduled_counts(shares, num_steps, stage.batch_size),
+    )
+
+
+def stage_folder(config: TrainConfig, number: int) -> Path:
+    """``RUN/stage<number>``."""
+    return Path(config.out) / f"stage{number}"
+
+
+def settings_of(config: TrainConfig, plan: StagePlan, reader: CacheReader, start: str) -> dict[str, JsonValue]:
+    """What must be equal for a run to go on where another stopped, as flat keys and plain values.
+
+    ``cache`` itself may move: its identity, units and row counts count, since the order follows from them.
+    """
+    units = [[c.unit, c.domain, c.num_rows.train, c.num_rows.eval] for c in reader.commits]
+    values = {
+        **{key: value for key, value in config.model_dump(mode="json").items() if key not in _FREE},
+        "stage": {"number": plan.number, **plan.stage.model_dump(mode="json")},
+        "start": start,
+        "cache_identity": reader.identity.model_dump(mode="json"),
+        "cache_units": hashlib.sha256(json.dumps(units).encode()).hexdigest()[:16],
+    }
+    return _flat(values)
+
+
+def refuse_other_settings(folder: Path, state: State, asked: dict[str, JsonValue]) -> None:
+    """Raise UsageError when the run in ``folder`` was begun with other settings; name each one that differs."""
+    keys = sorted(set(state.settings) | set(asked))
+    lines = [
+        f"{key} is {json.dumps(state.settings.get(key))} there and {json.dumps(asked.get(key))} now"
+        for key in keys
+        if state.settings.get(key) != asked.get(key)
+    ]
+    if lines:
+        raise UsageError(
+            f"{folder} was begun with another configuration, up to step {state.step}: {'; '.join(lines)}. Use another "
+            "--out for the new one, or the old values to go on."
+        )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, JsonValue]:
+    flat: dict[str, JsonValue] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _stage_of(config: TrainConfig, number: int) -> StageConfig:
+    try:
+        return config.stage(number)
+    except ValidationError:
+        raise
+    except ValueError as error:
+        raise UsageError(f"{error}. Use --stage 1, 2, 3 or 1-3.") from error
+
+
+def _refuse_unavailable(number: int, stage: StageConfig) -> None:
+    weights = stage.weights
+    unavailable = {
+        f"stages.{number}.weights.attention": weights.attention > 0,
+        f"stages.{number}.weights.contrastive": weights.contrastive > 0,
+        f"stages.{number}.balance": stage.balance,
+        f"stages.{number}.sampling": stage.sampling != "uniform",
+    }
+    asked = [key for key, wanted in unavailable.items() if wanted]
+    if asked:
+        raise UsageError(
+            f"{' and '.join(asked)}: not available in this version of distill. Leave "
+            f"{'it' if len(asked) == 1 else 'them'} at the default."
+        )
+    if not weights.kl + weights.ce + weights.feature > 0:
+        raise UsageError(
+            f"stages.{number}.weights: kl, ce and feature are all 0, so there is nothing to learn. Give one a weight."
+        )
+
+
+def _check_hidden(number: int, stage: StageConfig, reader: CacheReader) -> None:
+    if reader.hidden_bytes:
+        return
+    if stage.weights.feature > 0:
+        raise IdentityError(
+            f"stages.{number}.weights.feature is {stage.weights.feature:g}, but {reader.root} was made with "
+            "hidden_bytes 0 and holds no hidden states to compare with. Set the weight to 0, or make a cache with "
+            "--hidden-bytes 128."
+        )
+    if stage.weights.kl > 0 and stage.tail == "low_rank":
+        raise IdentityError(
+            f"stages.{number}.tail is low_rank, but {reader.root} was made with hidden_bytes 0 and cannot tell the "
+            f"tail's shape. Set stages.{number}.tail to bucket, or make a cache with --hidden-bytes 128."
+        )
+
+
+def _check_domains(number: int, domains: Sequence[str], reader: CacheReader) -> None:
+    missing = [domain for domain in domains if domain not in reader.domains]
+    if missing or not domains:
+        raise DataError(
+            f"stage {number} trains on {' and '.join(domains) or 'no domain'}, but {reader.root} has no "
+            f"{' and no '.join(missing) or 'share to follow'}; it has {', '.join(reader.domains)}. Set 'general' and "
+            f"'domain', or stages.{number}.shares, to domains of the cache, or add data to it."
+        )
+    for domain in domains:
+        if not reader.num_rows(domain, "train"):
+            raise DataError(
+                f"{reader.root} has no train rows of the domain {domain}, which stage {number} trains on. Add data for "
+                f"it, or leave it out of stages.{number}.shares."
+            )
+
+
+def _scheduled_counts(shares: dict[str, ShareConfig], num_steps: int, batch_size: int) -> NDArray[np.float64]:
+    """Scheduled sequences of each domain up to each step: [steps + 1, D]."""
+    counts = np.zeros((num_steps + 1, len(shares)))
+    block = max(1, _BLOCK // batch_size)
+    for start in range(0, num_steps, block):
+        stop = min(start + block, num_steps)
+        progress_N = np.arange(start * batch_size, stop * batch_size) / (num_steps * batch_size)
+        shares_ND = scheduled_shares(shares, progress_N)
+        counts[start + 1 : stop + 1] = shares_ND.reshape(stop - start, batch_size, -1).sum(axis=1)
+    return counts.cumsum(axis=0)

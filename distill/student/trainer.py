@@ -1,0 +1,244 @@
+"""A configuration and the number of a stage flow in, a trained student in ``RUN/stage<N>`` flows out.
+
+    cache -> TrainStream -> Learner -> metrics.jsonl, checkpoints/step-N/, last/, best/
+
+Running the same stage again goes on from the newest valid checkpoint; a finished one is recognised.
+"""
+
+import math
+import os
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distill.cache.reader import CacheReader
+from distill.config import TrainConfig
+from distill.errors import CorruptionError, DataError, RetryError, UsageError
+from distill.progress import Ticker
+from distill.student import checkpoint
+from distill.student.batch import Example
+from distill.student.checkpoint import OPTIMIZER, Best, State
+from distill.student.evaluate import Evaluator, held_out_examples
+from distill.student.figures import Evaluation
+from distill.student.interrupt import Interrupt
+from distill.student.learner import Learner, StepFigures, derived_seed
+from distill.student.metrics import Metrics
+from distill.student.model import Origin, load_student
+from distill.student.objective import TeacherView
+from distill.student.origin import origin_of, origin_of_checkpoint, recorded_base
+from distill.student.precision import resolve_precision
+from distill.student.result import StageResult, write_config
+from distill.student.shrink import shrunken_student
+from distill.student.stage import StagePlan, plan_stage, refuse_other_settings, settings_of, stage_folder
+from distill.student.stream import TrainStream
+from distill.student.tokenizer import matching_tokenizer
+
+
+def train_stage(config: TrainConfig, number: int, *, start: Path | None = None, quiet: bool = False) -> StageResult:
+    """Train stage ``number`` of a run, or go on with it, and return what it came to.
+
+    ``start`` is a checkpoint, model or adapter to begin from; without it stage 1 begins from ``config.student`` and a
+    later stage from the best checkpoint of the one before. All that can be refused is refused before a model loads:
+    UsageError for options, IdentityError for a tokenizer, temperature or target that the cache does not have,
+    DataError for missing rows or stages, CorruptionError for damaged files. Raises RetryError after a signal to stop.
+    """
+    _refuse_many_processes()
+    reader = CacheReader.open(config.cache, allow_incomplete=config.allow_incomplete)
+    plan = plan_stage(config, number, reader)
+    folder = stage_folder(config, number)
+    settings = settings_of(config, plan, reader, start=_start_name(number, start))
+    checkpoint.settle(folder)
+    found = checkpoint.newest_checkpoint(folder)
+    notes: list[str] = []
+    if found is not None:
+        resumed, state, notes = found
+        refuse_other_settings(folder, state, settings)
+        _publish(folder, resumed, state)
+        if state.finished:
+            return StageResult.read(folder, already_finished=True, notes=notes)
+        origin = origin_of_checkpoint(resumed, state)
+    else:
+        resumed, state = None, State(stage=number, step=0, position=0, finished=False, settings=settings)
+        origin = _first_origin(config, number, start, reader)
+    tokenizer = matching_tokenizer(origin.base, reader, trust_remote_code=config.trust_remote_code)
+    write_config(folder, config, plan=plan, reader=reader, start=_start_name(number, start))
+    run = _Run(config, plan, reader, folder=folder, state=state, quiet=quiet)
+    run.load(origin, tokenizer, resumed=resumed, start=start)
+    for note in [*notes, *run.notes]:
+        _say(note, quiet=quiet)
+    run.train()
+    return StageResult.read(folder, already_finished=False, notes=[*notes, *run.notes])
+
+
+class _Run:
+    """A stage under way: ``state`` is where it stands."""
+
+    def __init__(
+        self, config: TrainConfig, plan: StagePlan, reader: CacheReader, *, folder: Path, state: State, quiet: bool
+    ) -> None:
+        self._config, self._plan, self._reader, self._folder, self._quiet = config, plan, reader, folder, quiet
+        self._state = state
+        self.notes: list[str] = []
+
+    def load(self, origin: Origin, tokenizer: Any, *, resumed: Path | None, start: Path | None) -> None:
+        """Load the student and all that trains it; from ``resumed`` where there is such a checkpoint."""
+        config, plan = self._config, self._plan
+        precision = resolve_precision(config.device, config.precision)
+        torch.manual_seed(derived_seed(config.seed, plan.number, "lora"))
+        student = load_student(
+            config, origin, precision=precision, vocab_size=self._reader.identity.vocab_size, training=True
+        )
+        view = TeacherView.of(self._reader, precision)
+        self._tokenizer = tokenizer
+        self._base = recorded_base(origin.base, Path(config.out)) if config.tune == "lora" else None
+        self._learner = Learner(student, view, config, plan)
+        if resumed is not None:
+            self._learner.restore(resumed, self._state.scaler)
+        else:
+            self._learner.restore_adapter(start or stage_folder(config, plan.number - 1) / "best")
+        served = [T for T in (plan.stage.temperature, 1.0) if T in self._reader.temperatures]
+        self._evaluator = Evaluator(student, view, config, temperatures=tuple(dict.fromkeys(served)))
+        self._held_out = self._read_held_out()
+
+    def train(self) -> None:
+        """Take the steps that are left."""
+        plan, state, number = self._plan, self._state, self._plan.number
+        stream = TrainStream(self._reader, plan.orders, plan.assigned, max_length=self._config.max_length)
+        metrics = Metrics(self._folder, step=state.step, config=self._config, number=number)
+        ticker = Ticker(f"stage {number}", total=plan.num_steps, quiet=self._quiet)
+        with stream, metrics, ticker, Interrupt() as interrupt:
+            if state.step == 0:
+                self._evaluate(metrics)
+            before = time.monotonic()
+            for step, examples in enumerate(stream.steps(state.position, plan.stage.batch_size), state.step + 1):
+                figures = self._learner.step(examples, step - 1)
+                self._state = self._state.model_copy(
+                    update={"step": step, "position": step * plan.stage.batch_size, "finished": step == plan.num_steps}
+                )
+                rate = figures.num_tokens / (time.monotonic() - before)
+                metrics.log("train", step, self._train_line(figures, rate))
+                ticker.update(step, loss=figures.losses.get("total", 0.0), tokens_per_s=rate, **self._held_out_facts())
+                due = step % plan.stage.eval_every == 0 or self._state.finished
+                if due:
+                    self._evaluate(metrics)
+                if due or interrupt.name:
+                    self._save()
+                if interrupt.name and not self._state.finished:
+                    raise RetryError(
+                        f"stopped by {interrupt.name} at step {step} of {plan.num_steps}; everything is saved. Run the "
+                        "same command again to go on."
+                    )
+                before = time.monotonic()
+
+    def _train_line(self, figures: StepFigures, rate: float) -> dict[str, Any]:
+        return {
+            "time": time.time(),
+            "losses": figures.losses,
+            "lr": figures.learning_rate,
+            "grad_norm": figures.grad_norm if math.isfinite(figures.grad_norm) else None,
+            "tokens": figures.num_tokens,
+            "tokens_per_second": rate,
+            "shares": self._plan.shares(self._state.step),
+        }
+
+    def _evaluate(self, metrics: Metrics) -> None:
+        evaluation = self._evaluator(self._held_out, self._learner.adapter)
+        if evaluation is None:
+            return
+        step, best = self._state.step, self._state.best
+        objective = evaluation.objective(self._plan.stage)
+        metrics.log("eval", step, {"time": time.time(), "objective": objective, **asdict(evaluation)})
+        if step > 0 and (best is None or objective < best.objective):
+            best = Best(step=step, objective=objective)
+        self._state = self._state.model_copy(update={"evaluation": evaluation, "best": best})
+
+    def _save(self) -> None:
+        state = self._state.model_copy(update={"base": self._base, "scaler": self._learner.scaler_state()})
+        folder = checkpoint.step_folder(self._folder, state.step)
+        complete = checkpoint.write_checkpoint(folder, state, lambda aside: self._learner.save(aside, self._tokenizer))
+        _publish(self._folder, folder, complete)
+        checkpoint.tidy(self._folder)
+
+    def _read_held_out(self) -> dict[str, list[Example]]:
+        config, rows = self._config, self._plan.stage.eval_rows
+        held_out = {
+            domain: list(held_out_examples(self._reader, domain, max_length=config.max_length, rows=rows))
+            for domain in self._plan.domains
+        }
+        empty = [domain for domain, examples in held_out.items() if not examples]
+        if empty:
+            consequence = "best/ will be the last step" if len(empty) == len(held_out) else "best/ is chosen without it"
+            self.notes.append(f"no held-out rows of {' and '.join(empty)} in {self._reader.root}: {consequence}.")
+        return held_out
+
+    def _held_out_facts(self) -> dict[str, float]:
+        evaluation: Evaluation | None = self._state.evaluation
+        return {} if evaluation is None else {"held_out": evaluation.objective(self._plan.stage)}
+
+
+def _publish(folder: Path, source: Path, state: State) -> None:
+    """Bring ``last/`` and ``best/`` up to the checkpoint ``source``; nothing changes when they are."""
+    last, best = folder / "last", folder / "best"
+    if not _stands_at(last, state.step):
+        checkpoint.publish(source, last, state)
+    is_best = state.best.step == state.step if state.best else state.finished
+    if is_best and not _stands_at(best, state.step):
+        checkpoint.publish(source, best, state, leave_out=OPTIMIZER)
+
+
+def _stands_at(folder: Path, step: int) -> bool:
+    try:
+        return checkpoint.read_state(folder).step == step
+    except CorruptionError:  # missing as well
+        return False
+
+
+def _start_name(number: int, start: Path | None) -> str:
+    if start is not None:
+        return str(start)
+    return "student" if number == 1 else f"stage{number - 1}/best"
+
+
+def _first_origin(config: TrainConfig, number: int, start: Path | None, reader: CacheReader) -> Origin:
+    if start is not None:
+        return origin_of(start)
+    if number > 1:
+        return origin_of(_best_of_stage(config, number - 1))
+    if config.student_layers is None:
+        return origin_of(config.student)
+    matching_tokenizer(config.student, reader, trust_remote_code=config.trust_remote_code)
+    folder = shrunken_student(
+        config.student,
+        config.student_layers,
+        folder=Path(config.out) / "student",
+        trust_remote_code=config.trust_remote_code,
+    )
+    return Origin(base=str(folder))
+
+
+def _best_of_stage(config: TrainConfig, number: int) -> Path:
+    folder = stage_folder(config, number)
+    ways = f"Run --stage {number} first, or name a checkpoint or model to begin from with --from."
+    if not (folder / "best").is_dir() or not (folder / "last").is_dir():
+        raise DataError(f"{folder} has no best checkpoint, which stage {number + 1} begins from. {ways}")
+    state = checkpoint.read_state(folder / "last")
+    if not state.finished:
+        raise DataError(f"{folder} is not finished: it stands at step {state.step}. {ways}")
+    return folder / "best"
+
+
+def _refuse_many_processes() -> None:
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world.isdigit() and int(world) > 1:
+        raise UsageError(
+            f"WORLD_SIZE is {world}, but this version of distill trains in one process. Start it without torchrun."
+        )
+
+
+def _say(note: str, *, quiet: bool) -> None:
+    if not quiet:
+        print(f"Note: {note}", file=sys.stderr)

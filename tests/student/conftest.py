@@ -1,0 +1,227 @@
+"""A tiny real teacher, a tiny student that shares its tokenizer, and caches filled from the teacher's forward pass."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from distill.cache.identity import token_map_hash
+from distill.cache.plan import Identity, Plan, Recorded, Source, plan_units
+from distill.cache.projection import Moments, Projection, fit_projection
+from distill.cache.writer import CacheWriter
+from distill.config import TrainConfig
+from distill.records import Prompt, SequenceTargets, Targets
+
+VOCAB, PADDED, LENGTH, TOP_K = 300, 320, 24, 16
+ROWS, UNIT_ROWS = 48, 8  # of each domain; every sixth row is held out
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """Folders of the parts."""
+
+    teacher: Path
+    student: Path
+    cache: Path
+
+
+def save_tokenizer(folder: Path, words: list[str]) -> None:
+    """A word-level tokenizer whose ids are the positions in ``words``."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>").save_pretrained(folder)
+
+
+def words() -> list[str]:
+    """The tokens, in order of their ids."""
+    return ["<unk>", "<pad>", *(f"w{number}" for number in range(VOCAB - 2))]
+
+
+def save_model(folder: Path, *, seed: int, common: float = 0.0, **changes: Any) -> Any:
+    """A random Qwen3 with more head rows than tokens, and the tokenizer beside it."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(seed)
+    settings = {
+        "vocab_size": PADDED,
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": True,
+        "eos_token_id": None,
+        "bos_token_id": None,
+        "pad_token_id": 1,
+    }
+    model = Qwen3ForCausalLM(Qwen3Config(**{**settings, **changes})).eval()
+    with torch.no_grad():
+        # What all positions share favours some tokens everywhere, as in real text: a few steps can learn that.
+        model.model.embed_tokens.weight.add_(common * torch.randn(model.config.hidden_size))
+    model.save_pretrained(folder)
+    save_tokenizer(folder, words())
+    return model
+
+
+@torch.no_grad()
+def sampled(teacher: Any, num: int, seed: int) -> torch.Tensor:
+    """Sequences that the teacher itself draws, so that cross-entropy has something to learn."""
+    generator = torch.Generator().manual_seed(seed)
+    ids_BS = torch.randint(2, VOCAB, (num, 1), generator=generator)
+    for _ in range(LENGTH - 1):
+        probs_BV = teacher(ids_BS).logits[:, -1, :VOCAB].softmax(-1)
+        ids_BS = torch.cat([ids_BS, torch.multinomial(probs_BV, 1, generator=generator)], 1)
+    return ids_BS
+
+
+def fitted(teacher: Any, hidden_ND: np.ndarray, hidden_bytes: int) -> Projection:
+    """The projection of the teacher's final states to ``hidden_bytes`` bytes."""
+    head_VD = teacher.lm_head.weight.detach().double().numpy()[:VOCAB]
+    centred_VD = head_VD - head_VD.mean(0)
+    moments = Moments(count=len(hidden_ND), sum_D=hidden_ND.sum(0), outer_DD=hidden_ND.T @ hidden_ND)
+    fit = fit_projection(moments, gram_DD=centred_VD.T @ centred_VD, hidden_bytes=hidden_bytes)
+    return Projection(
+        mean_D=fit.mean_D.astype(np.float32),
+        down_RD=fit.down_RD.astype(np.float32),
+        basis_VR=(centred_VD @ fit.up_DR).astype(np.float16),
+        bias_V=(centred_VD @ fit.mean_D).astype(np.float32),
+        variance_R=fit.variance_R.astype(np.float32),
+        widths=fit.widths,
+        logit_scale=1.0,
+        soft_cap=None,
+        explained=fit.explained,
+    )
+
+
+def targets_of(
+    logits_NV: torch.Tensor, hidden_ND: np.ndarray, projection: Projection | None, temperatures: tuple[float, ...]
+) -> Targets:
+    """What a cache keeps of positions with these logits and hidden states."""
+    logprobs_NV = logits_NV[:, :VOCAB].double().log_softmax(1)
+    topk = logprobs_NV.topk(TOP_K)
+    log_z = torch.stack([(logprobs_NV / T).logsumexp(1) for T in temperatures], 1)
+    rest_NV = logprobs_NV.scatter(1, topk.indices, -torch.inf)
+    log_tail = torch.stack([(rest_NV / T).logsumexp(1) for T in temperatures], 1) - log_z
+    hidden = {}
+    if projection is not None:
+        hidden = projection.quantise((hidden_ND - projection.mean_D) @ projection.down_RD.T)
+    return Targets(
+        topk_ids=topk.indices.numpy().astype(np.int32),
+        topk_logprobs=topk.values.float().numpy(),
+        log_z=log_z.float().numpy(),
+        log_tail=log_tail.clamp(min=-100).float().numpy(),
+        hidden=hidden,
+        entropy=-(logprobs_NV.exp() * logprobs_NV).sum(1).float().numpy(),
+    )
+
+
+def build_cache(
+    root: Path, teacher: Any, *, hidden_bytes: int = 24, temperatures: tuple[float, ...] = (4.0, 2.0, 1.0)
+) -> Path:
+    """A sealed cache of the domains general and medical. The first eight tokens of a row are its prompt."""
+    sources = [Source(domain=d, path=f"{d}.jsonl", sha256="0" * 64, num_rows=ROWS) for d in ("general", "medical")]
+    identity = Identity(
+        teacher_weights="a" * 64,
+        token_map=token_map_hash({word: number for number, word in enumerate(words())}),
+        chat_template="c" * 64,
+        vocab_size=VOCAB,
+        mask_policy="assistant",
+        overlong="truncate",
+        max_length=LENGTH,
+        dtype="float32",
+        quantisation=None,
+        head_dtype="float32",
+        top_k=TOP_K,
+        temperatures=temperatures,
+        hidden_bytes=hidden_bytes,
+        trust_remote_code=False,
+    )
+    units = tuple(plan_units(sources, UNIT_ROWS))
+    recorded = Recorded(teacher="tiny", engine="transformers", engine_version="0")
+    plan = Plan(identity=identity, recorded=recorded, sources=tuple(sources), eval_fraction=0.1, units=units)
+    writer = CacheWriter.open(root, plan)
+    ids = {source.domain: sampled(teacher, ROWS, seed) for seed, source in enumerate(sources)}
+    with torch.no_grad():
+        states = {domain: teacher.model(ids_BS).last_hidden_state for domain, ids_BS in ids.items()}
+        logits = {domain: teacher.lm_head(states_BSD) for domain, states_BSD in states.items()}
+    projection = None
+    if hidden_bytes:
+        flat_ND = torch.cat([states_BSD.flatten(0, 1) for states_BSD in states.values()]).double().numpy()
+        projection = fitted(teacher, flat_ND, hidden_bytes)
+        writer.put_once("projection.safetensors", projection.to_bytes())
+    save_tokenizer(root / "teacher", words())
+    for unit in units:
+        rows = [
+            SequenceTargets(
+                prompt=Prompt(
+                    sequence_id=f"{unit.domain}-{row}",
+                    prompt_id=f"{unit.domain}-{row}",
+                    domain=unit.domain,
+                    split="eval" if row % 6 == 5 else "train",
+                    source=f"{unit.domain}.jsonl:{row}",
+                    prompt="",
+                    response="",
+                    input_ids=ids[unit.domain][row].numpy().astype(np.int32),
+                    loss_mask=np.arange(LENGTH - 1) >= 7,
+                ),
+                targets=targets_of(
+                    logits[unit.domain][row, :-1],
+                    states[unit.domain][row, :-1].double().numpy(),
+                    projection,
+                    temperatures,
+                ),
+            )
+            for row in range(unit.start, unit.stop)
+        ]
+        writer.commit(unit, rows, rejects=[], num_input_rows=unit.num_input_rows)
+    assert writer.seal() is not None
+    return root
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """Teacher, student and cache: V=300 of 320 head rows, k=16, T = 4, 2, 1, hidden states in 24 bytes."""
+    root = tmp_path_factory.mktemp("world")
+    teacher = save_model(root / "teacher", seed=0, common=1.0, initializer_range=0.4, tie_word_embeddings=False)
+    save_model(root / "student", seed=1, num_hidden_layers=4)
+    return World(teacher=root / "teacher", student=root / "student", cache=build_cache(root / "cache", teacher))
+
+
+@pytest.fixture(scope="session")
+def bare_cache(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same rows without hidden states, and only T = 2."""
+    from transformers import AutoModelForCausalLM
+
+    teacher = AutoModelForCausalLM.from_pretrained(world.teacher, dtype=torch.float32)
+    return build_cache(tmp_path_factory.mktemp("bare") / "cache", teacher, hidden_bytes=0, temperatures=(2.0,))
+
+
+@pytest.fixture
+def configured(world: World, tmp_path: Path) -> Callable[..., TrainConfig]:
+    """A configuration for short full fine-tuning; ``stage`` changes stage 1, other keywords the rest."""
+
+    def configure(*, stage: dict[str, Any] | None = None, **changes: Any) -> TrainConfig:
+        brief = {"max_steps": 8, "batch_size": 8, "eval_every": 4, "learning_rate": 3e-3}
+        values: dict[str, Any] = {
+            "cache": str(world.cache),
+            "student": str(world.student),
+            "out": str(tmp_path / "run"),
+            "tune": "full",
+            "device": "cpu",
+            "micro_batch_tokens": 100,
+            "head_chunk": 32,
+            "stages": {1: {**brief, **(stage or {})}, 2: brief, 3: brief},
+            **changes,
+        }
+        return TrainConfig.model_validate(values)
+
+    return configure

@@ -1,0 +1,105 @@
+"""Protects held-out figures: equal to dense float64 figures of the same weights, for base models and checkpoints."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from distill.cache.reader import CacheReader
+from distill.cache.tail import rebuild
+from distill.errors import DataError
+from distill.student.evaluate import evaluate_model
+from distill.student.trainer import train_stage
+
+VOCAB = 300
+
+
+def dense_figures(folder, cache, temperature, kind="low_rank"):
+    """KL, CE and agreement of each domain by the book: full logits, float64."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    reader = CacheReader.open(cache)
+    column = reader.temperature_index(temperature)
+    figures = {}
+    for domain in reader.domains:
+        kl, ce, agreed = [], [], []
+        for commit in reader.units(domain):
+            for row in reader.sequences(commit, "eval"):
+                mask, targets = row.prompt.loss_mask, row.targets
+                ids = torch.from_numpy(row.prompt.input_ids.astype(np.int64))
+                with torch.no_grad():
+                    z_NV = model(ids[None]).logits[0, :-1, :VOCAB].double()[mask]
+                tail = np.zeros((int(mask.sum()), VOCAB))
+                if kind == "low_rank":
+                    hidden = {bits: values[mask] for bits, values in targets.hidden.items()}
+                    tail = reader.projection.tail_logits(reader.projection.dequantise(hidden))
+                p_NV = torch.from_numpy(
+                    rebuild(
+                        kind,
+                        temperature=temperature,
+                        topk_ids_NK=targets.topk_ids[mask],
+                        topk_logprobs_NK=targets.topk_logprobs[mask],
+                        log_z_N=targets.log_z[mask][:, column],
+                        log_tail_N=targets.log_tail[mask][:, column],
+                        tail_logits_NV=tail,
+                    )
+                )
+                kl += (p_NV * (p_NV.log() - (z_NV / temperature).log_softmax(1))).sum(1).tolist()
+                ce += torch.nn.functional.cross_entropy(z_NV, ids[1:][mask], reduction="none").tolist()
+                agreed += (z_NV.argmax(1).numpy() == targets.topk_ids[mask][:, 0]).tolist()
+        figures[domain] = (np.mean(kl), np.mean(ce), np.mean(agreed), len(kl))
+    return figures
+
+
+def test_figures_equal_the_dense_reference(configured, world):
+    evaluation = evaluate_model(configured())
+    assert evaluation.tail == "low_rank"
+    for temperature in (4.0, 2.0, 1.0):
+        expected = dense_figures(world.student, world.cache, temperature)
+        for domain, (kl, ce, agreed, num) in expected.items():
+            figures = evaluation.domains[domain]
+            assert figures.kl[temperature] == pytest.approx(kl, rel=1e-4)
+            assert figures.ce == pytest.approx(ce, rel=1e-5)
+            assert figures.perplexity == pytest.approx(math.exp(ce), rel=1e-4)
+            assert figures.top1_agreement == pytest.approx(agreed)
+            assert (figures.num_tokens, figures.num_sequences) == (num, 8)
+    overall = evaluation.overall
+    assert overall.kl[1.0] == pytest.approx(np.mean([f.kl[1.0] for f in evaluation.domains.values()]))
+
+
+def test_the_teacher_itself_is_as_close_as_the_cache_allows(configured, world):
+    """The floor of every student: rounding of the cached numbers, and quantisation of the tail's shape."""
+    teacher, student = evaluate_model(configured(), world.teacher).overall, evaluate_model(configured()).overall
+    assert teacher.top1_agreement == 1.0
+    assert abs(teacher.kl[1.0]) < 0.01
+    assert student.kl[1.0] > 1
+    assert abs(teacher.kl[4.0]) < 0.01
+
+
+def test_a_cache_without_hidden_states_or_temperature_one(configured, bare_cache):
+    evaluation = evaluate_model(configured(cache=str(bare_cache)))
+    assert evaluation.tail == "bucket"
+    assert list(evaluation.overall.kl) == [2.0]
+    assert evaluation.overall.kl[2.0] < evaluate_model(configured()).overall.kl[2.0]  # less is told apart
+
+
+def test_a_checkpoint_evaluates_as_training_said(configured):
+    result = train_stage(configured(), 1, quiet=True)
+    evaluation = evaluate_model(configured(), result.best)
+    assert evaluation.domains["general"].kl[4.0] == pytest.approx(result.evaluation.domains["general"].kl[4.0])
+    assert evaluation.domains["general"].ce == pytest.approx(result.evaluation.domains["general"].ce)
+    assert set(evaluation.domains) == {"general", "medical"}
+
+
+def test_batches_and_chunks_do_not_matter(configured):
+    one, other = (
+        evaluate_model(configured(micro_batch_tokens=tokens, head_chunk=chunk))
+        for tokens, chunk in ((24, 5), (4096, 512))
+    )
+    assert one.overall.kl[2.0] == pytest.approx(other.overall.kl[2.0], rel=1e-5)
+
+
+def test_a_model_that_is_not_there(configured, tmp_path):
+    with pytest.raises(DataError, match="is not there"):
+        evaluate_model(configured(), tmp_path / "nothing")

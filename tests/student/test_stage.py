@@ -1,0 +1,126 @@
+"""Protects the plan of a stage: what is refused before a model loads, the number of steps, a run's settings."""
+
+import shutil
+
+import pytest
+
+from distill.cache.reader import CacheReader
+from distill.errors import DataError, IdentityError, UsageError
+from distill.student.checkpoint import State
+from distill.student.stage import plan_stage, refuse_other_settings, settings_of
+from distill.student.trainer import train_stage
+
+
+@pytest.fixture
+def reader(world):
+    return CacheReader.open(world.cache)
+
+
+@pytest.mark.parametrize(
+    ("stage", "named"),
+    [
+        ({"weights": {"kl": 1, "attention": 0.2}}, "stages.1.weights.attention"),
+        ({"weights": {"kl": 1, "contrastive": 0.1}}, "stages.1.weights.contrastive"),
+        ({"balance": True}, "stages.1.balance"),
+        ({"sampling": "evaluation"}, "stages.1.sampling"),
+    ],
+)
+def test_what_this_version_cannot_do_is_said(configured, stage, named):
+    with pytest.raises(UsageError, match=f"{named}: not available"):
+        train_stage(configured(stage=stage), 1)
+
+
+def test_nothing_to_learn_is_refused(configured, reader):
+    with pytest.raises(UsageError, match="nothing to learn"):
+        plan_stage(configured(stage={"weights": {"kl": 0, "ce": 0}}), 1, reader)
+
+
+def test_a_temperature_that_the_cache_lacks_is_refused_before_a_model_loads(configured, tmp_path):
+    config = configured(stage={"temperature": 3.0}, student=str(tmp_path / "no-such-student"))
+    with pytest.raises(IdentityError, match="temperatures 4, 2, 1, not 3"):
+        train_stage(config, 1)
+
+
+@pytest.mark.parametrize(
+    ("stage", "fix"),
+    [
+        ({"temperature": 2.0, "weights": {"kl": 0, "ce": 1, "feature": 0.2}}, "Set the weight to 0"),
+        ({"temperature": 2.0}, "stages.1.tail to bucket"),
+    ],
+)
+def test_a_cache_without_hidden_states_says_what_to_change(configured, bare_cache, stage, fix):
+    with pytest.raises(IdentityError, match=fix):
+        train_stage(configured(cache=str(bare_cache), stage=stage), 1)
+
+
+def test_missing_domains_and_rows_are_named(configured, reader):
+    with pytest.raises(DataError, match=r"law, but .* has no law; it has general, medical"):
+        plan_stage(configured(general="law"), 1, reader)
+    commits = tuple(
+        commit.model_copy(update={"num_rows": commit.num_rows.model_copy(update={"train": 0})})
+        for commit in reader.commits
+    )
+    empty = CacheReader(reader.root, reader, commits, sealed=True)
+    with pytest.raises(DataError, match="no train rows of the domain general"):
+        plan_stage(configured(), 1, empty)
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps"),
+    [
+        ({"epochs": 3, "batch_size": 16}, 8),  # ceil(3 * 40 / 16)
+        ({"epochs": 0.5, "batch_size": 8}, 3),
+        ({"epochs": 0.01, "batch_size": 8}, 1),
+        ({"epochs": 3, "max_steps": 5}, 5),
+    ],
+)
+def test_the_number_of_steps(configured, reader, changes, steps):
+    plan = plan_stage(configured(stage={"max_steps": None, **changes}), 1, reader)
+    assert plan.num_steps == steps
+    assert len(plan.assigned) == steps * plan.stage.batch_size
+
+
+def test_an_epoch_counts_all_domains_that_ever_have_a_share(configured, reader):
+    shares = {
+        "general": {"schedule": "linear", "start": 1, "end": 0},
+        "medical": {"schedule": "linear", "start": 0, "end": 1},
+        "law": 0,
+    }
+    plan = plan_stage(configured(stage={"max_steps": None, "epochs": 1, "shares": shares}), 1, reader)
+    assert plan.domains == ("general", "medical")
+    assert plan.num_steps == 10  # (40 + 40) / 8
+    for step in (1, 5, 10):
+        for figures in plan.shares(step).values():
+            assert abs(figures["realised"] - figures["scheduled"]) <= 1 / (step * 8)
+
+
+def test_every_key_that_differs_is_named(configured, reader, tmp_path):
+    config = configured()
+    settings = settings_of(config, plan_stage(config, 1, reader), reader, "student")
+    state = State(stage=1, step=3, position=24, finished=False, settings=settings)
+    refuse_other_settings(tmp_path, state, settings)
+    other = configured(seed=7, stage={"learning_rate": 0.5}, micro_batch_tokens=999, head_chunk=1)
+    asked = settings_of(other, plan_stage(other, 1, reader), reader, "elsewhere")
+    with pytest.raises(UsageError, match="another --out") as caught:
+        refuse_other_settings(tmp_path, state, asked)
+    message = str(caught.value)
+    for part in ("seed is 42 there and 7 now", "stage.learning_rate is 0.003 there and 0.5 now", 'start is "student"'):
+        assert part in message
+    assert "head_chunk" not in message  # changes speed alone
+
+
+def test_a_moved_cache_is_the_same_and_a_grown_one_is_not(configured, reader, tmp_path):
+    config = configured()
+    settings = settings_of(config, plan_stage(config, 1, reader), reader, "student")
+    shutil.copytree(reader.root, tmp_path / "moved")
+    moved = CacheReader.open(tmp_path / "moved")
+    config = configured(cache=str(moved.root))
+    assert settings_of(config, plan_stage(config, 1, moved), moved, "student") == settings
+    fewer = CacheReader(reader.root, reader, reader.commits[1:], sealed=False)
+    assert settings_of(config, plan_stage(config, 1, fewer), fewer, "student") != settings
+
+
+def test_several_processes_are_refused(configured, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="one process"):
+        train_stage(configured(), 1)

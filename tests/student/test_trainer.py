@@ -1,0 +1,254 @@
+"""Protects training: every loss really falls, stages follow each other, a run resumes, is recognised, or is refused."""
+
+import json
+import math
+import os
+import signal
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from distill.errors import DataError, RetryError, UsageError
+from distill.student import checkpoint
+from distill.student.losses.feature import feature_floor
+from distill.student.metrics import Metrics
+from distill.student.trainer import train_stage
+
+LONGER = {"max_steps": 30, "eval_every": 10, "learning_rate": 1e-2, "temperature": 2.0}
+
+
+def lines(run, kind, stage=1):
+    """Lines of a kind in the stage's metrics.jsonl."""
+    text = (run / f"stage{stage}" / "metrics.jsonl").read_text()
+    return [line for line in map(json.loads, text.splitlines()) if line["kind"] == kind]
+
+
+def without_times(run, stage=1):
+    """All metrics but those of the clock."""
+    text = (run / f"stage{stage}" / "metrics.jsonl").read_text()
+    timed = ("time", "tokens_per_second")
+    return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in text.splitlines()]
+
+
+@pytest.fixture
+def run(tmp_path):
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("tail", ["low_rank", "bucket"])
+def test_kl_alone_brings_the_student_to_the_teacher(configured, run, tail):
+    result = train_stage(configured(stage={**LONGER, "tail": tail, "weights": {"kl": 1, "ce": 0}}), 1, quiet=True)
+    evals = lines(run, "eval")
+    assert [line["step"] for line in evals] == [0, 10, 20, 30]
+    before, after = evals[0]["overall"]["kl"], evals[-1]["overall"]["kl"]
+    assert after["2.0"] < 0.3 * before["2.0"]
+    assert after["1.0"] < 0.3 * before["1.0"]
+    assert result.objective == pytest.approx(4 * min(line["overall"]["kl"]["2.0"] for line in evals[1:]))
+    assert set(lines(run, "train")[0]["losses"]) == {"total", "kl"}
+
+
+def test_a_low_rank_tail_teaches_more_than_a_bucket_at_high_temperature(configured, tmp_path):
+    final = {}
+    for tail in ("low_rank", "bucket"):
+        stage = {**LONGER, "temperature": 4.0, "tail": tail, "weights": {"kl": 1, "ce": 0}}
+        result = train_stage(configured(stage=stage, out=str(tmp_path / tail)), 1, quiet=True)
+        final[tail] = result.evaluation.overall.kl[4.0]
+    assert final["low_rank"] < 0.5 * final["bucket"]
+
+
+def test_cross_entropy_alone_falls(configured, run):
+    train_stage(configured(stage={**LONGER, "weights": {"kl": 0, "ce": 1}}), 1, quiet=True)
+    evals = lines(run, "eval")
+    assert evals[-1]["overall"]["ce"] < 0.7 * evals[0]["overall"]["ce"]
+    assert evals[-1]["objective"] == evals[-1]["overall"]["ce"]
+    assert set(lines(run, "train")[0]["losses"]) == {"total", "ce"}
+
+
+def test_the_feature_loss_alone_falls_towards_its_floor(configured, run, world):
+    from distill.cache.reader import CacheReader
+
+    train_stage(configured(stage={**LONGER, "weights": {"kl": 0, "ce": 0, "feature": 1}}), 1, quiet=True)
+    values = [line["overall"]["feature"] for line in lines(run, "eval")]
+    floor = feature_floor(CacheReader.open(world.cache).projection)
+    early, late = (
+        load_file(run / "stage1" / "checkpoints" / f"step-{step}" / "feature.safetensors") for step in (20, 30)
+    )
+    assert not torch.equal(early["down.weight"], late["down.weight"])  # the adapter learns as well
+    assert floor < values[-1] < 0.6 * values[0]
+    assert 0 < floor < 0.05
+
+
+def test_losses_are_means_over_the_tokens_of_the_step_whatever_the_micro_batches(configured, tmp_path):
+    """The first step's loss and gradient do not depend on how it was cut up."""
+    first = []
+    for tokens in (24, 4096):
+        config = configured(out=str(tmp_path / str(tokens)), micro_batch_tokens=tokens, stage={"max_steps": 1})
+        train_stage(config, 1, quiet=True)
+        first.append(lines(tmp_path / str(tokens), "train")[0])
+    assert first[0]["losses"]["total"] == pytest.approx(first[1]["losses"]["total"], rel=1e-5)
+    assert first[0]["grad_norm"] == pytest.approx(first[1]["grad_norm"], rel=1e-4)
+    assert first[0]["tokens"] == first[1]["tokens"] == 8 * 16
+
+
+def test_three_stages_follow_each_other_and_continue_the_adapter(configured, run):
+    lora = {"r": 4, "target_modules": ["q_proj", "up_proj", "down_proj"]}
+    config = configured(tune="lora", lora=lora, student_layers=2)
+    results = [train_stage(config, number, quiet=True) for number in (1, 2, 3)]
+    assert [result.stage for result in results] == [1, 2, 3]
+    assert json.loads((run / "student" / "config.json").read_text())["num_hidden_layers"] == 2
+    for number, temperature in ((2, "4.0"), (3, "2.0")):
+        before = checkpoint.read_state(run / f"stage{number - 1}" / "best").evaluation.overall.kl
+        after = lines(run, "eval", number)[0]["domains"]
+        assert set(after) == ({"general", "medical"} if number == 2 else {"medical"})
+        if number == 2:
+            assert after["general"]["kl"]["1.0"] == pytest.approx(before[1.0])
+        assert temperature in {str(key) for key in before}
+    shares = lines(run, "train", 2)[-1]["shares"]
+    assert abs(shares["medical"]["realised"] - shares["medical"]["scheduled"]) < 0.01
+    state = checkpoint.read_state(run / "stage3" / "best")
+    assert state.base == "run:student"
+    assert set(state.files) >= {"model/adapter_model.safetensors", "model/adapter_config.json"}
+    assert "feature.safetensors" in checkpoint.read_state(run / "stage2" / "best").files
+
+
+def test_a_moved_run_still_finds_its_base(configured, run, tmp_path):
+    config = configured(tune="lora", student_layers=2)
+    train_stage(config, 1, quiet=True)
+    run.rename(tmp_path / "moved")
+    result = train_stage(config.model_copy(update={"out": str(tmp_path / "moved")}), 2, quiet=True)
+    assert result.num_steps == 8
+
+
+@pytest.mark.parametrize(("first", "second"), [("lora", "full"), ("full", "lora")])
+def test_a_stage_may_tune_otherwise_than_the_one_before(configured, run, tmp_path, first, second):
+    train_stage(configured(tune=first), 1, quiet=True)
+    start = run / "stage1" / "best"
+    config = configured(tune=second, out=str(tmp_path / "other"), stage={"max_steps": 2})
+    train_stage(config, 1, start=start, quiet=True)
+    before = checkpoint.read_state(start).evaluation.overall
+    after = lines(tmp_path / "other", "eval")[0]["overall"]
+    assert after["ce"] == pytest.approx(before.ce, rel=1e-4)
+
+
+def test_a_later_stage_needs_the_one_before(configured, run):
+    with pytest.raises(DataError, match=r"Run --stage 1 first, or .* --from"):
+        train_stage(configured(), 2)
+    train_stage(configured(), 1, quiet=True)
+    (run / "stage1" / "checkpoints" / "step-8").rename(run / "elsewhere")
+    half = run / "stage1" / "checkpoints" / "step-4"
+    checkpoint.publish(half, run / "stage1" / "last", checkpoint.read_checkpoint(half))
+    with pytest.raises(DataError, match="not finished: it stands at step 4"):
+        train_stage(configured(), 2)
+    assert train_stage(configured(), 2, start=run / "stage1" / "best", quiet=True).stage == 2
+
+
+def test_a_finished_stage_is_recognised_and_read_back(configured, run):
+    result = train_stage(configured(), 1, quiet=True)
+    metrics = (run / "stage1" / "metrics.jsonl").read_bytes()
+    (run / "stage1" / "checkpoints" / ".step-9.new").mkdir()  # of a process that was killed
+    again = train_stage(configured(head_chunk=8), 1, quiet=True)
+    assert again.already_finished
+    assert not result.already_finished
+    assert {**again.as_dict(), "already_finished": False} == result.as_dict()
+    assert (run / "stage1" / "metrics.jsonl").read_bytes() == metrics
+    assert not list((run / "stage1").rglob(".*"))
+    json.dumps(result.as_dict())
+
+
+def test_another_configuration_in_the_same_folder_is_refused(configured):
+    train_stage(configured(), 1, quiet=True)
+    with pytest.raises(UsageError, match="seed is 42 there and 1 now") as caught:
+        train_stage(configured(seed=1), 1, quiet=True)
+    assert "--out" in str(caught.value)
+
+
+def test_a_signal_saves_and_the_same_command_goes_on(configured, run, tmp_path, monkeypatch):
+    whole = configured(out=str(tmp_path / "whole"))
+    train_stage(whole, 1, quiet=True)
+    log = Metrics.log
+
+    def with_signal(self, kind, step, values):
+        log(self, kind, step, values)
+        if (kind, step) == ("train", 3):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Metrics, "log", with_signal)
+    with pytest.raises(RetryError, match="stopped by SIGTERM at step 3 of 8"):
+        train_stage(configured(), 1, quiet=True)
+    monkeypatch.undo()
+    assert checkpoint.read_state(run / "stage1" / "last").step == 3
+    train_stage(configured(), 1, quiet=True)
+    assert without_times(run) == without_times(tmp_path / "whole")
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_said(configured, run):
+    train_stage(configured(), 1, quiet=True)
+    before = without_times(run)
+    path = run / "stage1" / "checkpoints" / "step-8" / "trainer.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.unlink()  # last/ holds a hard link of it
+    path.write_bytes(content)
+    result = train_stage(configured(), 1, quiet=True)
+    assert "step-8" in result.notes[0]
+    assert without_times(run) == before
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("tune", ["full", "lora"])
+def test_low_precision_trains_as_float32_does(configured, run, tmp_path, precision, tune):
+    stage = {"temperature": 2.0, "weights": {"kl": 0.7, "ce": 0.3, "feature": 0.2}}
+    train_stage(configured(tune=tune, stage=stage, out=str(tmp_path / "fp32")), 1, quiet=True)
+    train_stage(configured(tune=tune, stage=stage, precision=precision), 1, quiet=True)
+    for low, high in zip(lines(run, "train"), lines(tmp_path / "fp32", "train"), strict=True):
+        assert low["losses"]["total"] == pytest.approx(high["losses"]["total"], rel=0.03)
+    assert lines(run, "eval")[-1]["objective"] < lines(run, "eval")[0]["objective"]
+    assert (checkpoint.read_state(run / "stage1" / "last").scaler is not None) == (precision == "fp16")
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(configured, run, tmp_path):
+    train_stage(configured(out=str(tmp_path / "plain")), 1, quiet=True)
+    train_stage(configured(gradient_checkpointing=True), 1, quiet=True)
+    for ours, plain in zip(lines(run, "train"), lines(tmp_path / "plain", "train"), strict=True):
+        assert ours["losses"]["total"] == pytest.approx(plain["losses"]["total"], rel=1e-4)
+
+
+def test_rows_without_a_trained_token_take_their_turn_and_teach_nothing(configured, run):
+    """max_length cuts every answer away: steps pass, no weight changes, nothing divides by zero."""
+    result = train_stage(configured(max_length=6, stage={"max_steps": 2}), 1, quiet=True)
+    assert [line["tokens"] for line in lines(run, "train")] == [0, 0]
+    assert result.evaluation is None
+    assert result.best_step == 2
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(configured):
+    with pytest.raises(DataError, match=r"learning_rate"):
+        train_stage(configured(stage={"learning_rate": 1e30}), 1, quiet=True)
+
+
+def test_the_folder_says_what_was_done(configured, run, capsys):
+    train_stage(configured(), 1)
+    config = yaml.safe_load((run / "stage1" / "config.yaml").read_text())
+    assert config["stage"]["temperature"] == 4.0
+    assert config["stage"]["steps"] == 8
+    assert config["cache_identity"]["top_k"] == 16
+    assert config["versions"]["torch"] == torch.__version__
+    assert config["train"]["micro_batch_tokens"] == 100
+    train = lines(run, "train")
+    assert [line["step"] for line in train] == list(range(1, 9))
+    assert all(math.isfinite(line["grad_norm"]) and line["tokens_per_second"] > 0 for line in train)
+    assert capsys.readouterr().out == ""  # standard output belongs to results
+
+
+def test_wandb_works_offline(configured, run, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    train_stage(configured(wandb=True, stage={"max_steps": 2}), 1, quiet=True)
+    assert list((run / "stage1" / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_a_start_with_another_number_of_layers_is_refused(configured, world):
+    with pytest.raises(UsageError, match=r"student_layers is 2, but the model to begin from, .* has 4 layers"):
+        train_stage(configured(student_layers=2), 1, start=world.student, quiet=True)
