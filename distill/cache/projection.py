@@ -7,8 +7,6 @@
 ``N`` positions, ``D`` hidden size, ``R`` rank, ``V`` vocabulary.
 """
 
-# ruff: noqa: N815 -- fields, too, carry their shape
-
 import hashlib
 import json
 from dataclasses import dataclass

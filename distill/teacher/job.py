@@ -187,10 +187,10 @@ def _check_vocabulary(config: CacheConfig, *, vocab_size: int, head_rows: int) -
             f"The tokenizer of {config.teacher} has ids up to {vocab_size - 1}, its LM head only {head_rows} rows: "
             "they do not belong together. Use the tokenizer that was published with these weights."
         )
-    if config.targets.top_k > vocab_size:
+    if config.targets.top_k >= vocab_size:
         raise UsageError(
             f"top_k is {config.targets.top_k}, but the vocabulary of {config.teacher} has {vocab_size} tokens. Choose "
-            f"--top-k between 1 and {vocab_size}; 64 serves most students."
+            f"--top-k between 1 and {vocab_size - 1}; 64 serves most students."
         )
 
 

@@ -1,7 +1,5 @@
 """A tiny teacher made of random matrices, and caches that it filled: real targets of a real softmax over V ids."""
 
-# ruff: noqa: N815 -- fields, too, carry their shape
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
