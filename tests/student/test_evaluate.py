@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from distill.cache.reader import CacheReader
 from distill.cache.tail import rebuild
-from distill.errors import DataError
+from distill.errors import UsageError
 from distill.student.evaluate import evaluate_model
 from distill.student.trainer import train_stage
 
@@ -101,5 +101,5 @@ def test_batches_and_chunks_do_not_matter(configured):
 
 
 def test_a_model_that_is_not_there(configured, tmp_path):
-    with pytest.raises(DataError, match="is not there"):
+    with pytest.raises(UsageError, match="there is no folder"):
         evaluate_model(configured(), tmp_path / "nothing")

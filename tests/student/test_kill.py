@@ -125,6 +125,22 @@ def test_a_killed_run_resumes_bitwise(configured, tmp_path, uninterrupted, crash
     assert_same(tmp_path / "run", whole)
 
 
+def test_a_killed_float16_run_goes_on_with_its_gradient_scale(configured, tmp_path, uninterrupted):
+    torch.set_num_threads(1)
+    config = configured(stage=STAGE, precision="fp16", **LORA)
+    whole = uninterrupted(config, "fp16")
+
+    def strike():
+        CRASHES["between two checkpoints"]()
+        train_stage(config, 1, quiet=True)
+
+    killed(strike)
+    train_stage(config, 1, quiet=True)
+    assert_same(tmp_path / "run", whole)
+    states = [checkpoint.read_state(run / "stage1" / "last") for run in (tmp_path / "run", whole)]
+    assert states[0].scaler == states[1].scaler is not None
+
+
 def test_a_run_killed_again_and_again_resumes_bitwise(configured, tmp_path, uninterrupted):
     """Six kills, the first one step in, each two log lines further: with an evaluation every step none is in vain."""
     torch.set_num_threads(1)

@@ -78,6 +78,14 @@ def test_more_layers_than_there_are_is_refused(world):
         keep_layers(model, 5)
 
 
+@pytest.mark.parametrize("tune", ["full", "lora"])
+def test_a_loaded_student_is_in_the_mode_it_is_loaded_for(world, tune):
+    """Dropout and gradient checkpointing depend on it, in a resumed run as well, which does not evaluate first."""
+    for training in (True, False):
+        modules = load(world, tune=tune, training=training).model.modules()
+        assert {module.training for module in modules} == {training}
+
+
 def test_full_training_trains_everything_in_float32(world):
     student = load(world, tune="full", precision="bf16")
     parameters = dict(student.trainable())
