@@ -36,9 +36,10 @@ lint: setup
 	$(BIN)/lint-imports
 	$(BIN)/codespell
 
-# One thread for each of the two processes: more of them fight for the same cores.
+# One thread for each of the two processes: more of them fight for the same cores. A file stays on one of them, since its
+# fixtures start engines.
 tests: setup
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 clean:
 	rm -rf $(VENV) runs

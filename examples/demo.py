@@ -2,7 +2,7 @@
 
     python -m examples.demo        # or: make demo
 
-Every step is the command that a user would type, and recognises its own finished work: a second run takes seconds.
+Every step is the command that a user would type, and recognises its own finished work: a second run only evaluates.
 Exits with 1 when the distilled student is no closer to the teacher than the pruned one it began as.
 """
 
@@ -23,7 +23,7 @@ from examples.smollm2 import teacher_folder
 ROOT = Path(__file__).parent.parent
 CONFIG = "examples/demo.yaml"
 CACHE, RUN = Path("runs/demo/cache"), Path("runs/demo")
-NAMES = ("pruned student", "after stage 1", "after stage 2", "after stage 3")
+NAMES = ("pruned", "stage 1", "stage 2", "stage 3")
 
 
 def distill(*arguments: str) -> dict[str, Any]:
@@ -51,9 +51,9 @@ def evaluate(student: str) -> list[dict[str, Any]]:
 def show(cached: dict[str, Any], inspected: dict[str, Any], evaluations: list[dict[str, Any]]) -> None:
     """The closing tables."""
     console = Console()
-    table = Table(title="Held-out distance to the teacher (nats for each trained token)")
-    for name in ("", "domain", "KL at T=4", "KL at T=2", "KL at T=1", "cross-entropy", "top-1 agreement"):
-        table.add_column(name, justify="left" if name in ("", "domain") else "right")
+    table = Table(title="Held-out distance to the teacher, nats per trained token")
+    for name in ("after", "domain", "KL T=4", "KL T=2", "KL T=1", "CE", "top-1"):
+        table.add_column(name, justify="left" if name in ("after", "domain") else "right")
     for name, evaluation in zip(NAMES, evaluations, strict=True):
         for domain, figures in {**evaluation["domains"], "both": evaluation["overall"]}.items():
             numbers = [figures["kl"][temperature] for temperature in (4.0, 2.0, 1.0)]

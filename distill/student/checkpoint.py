@@ -63,7 +63,7 @@ class State(_Model):
     evaluation: Evaluation | None = None  # the newest at this step or before
     settings: dict[str, JsonValue]  # what must be equal to go on; see stage.settings_of
     base: str | None = None  # of an adapter: see origin.py
-    scaler: dict[str, float] | None = None
+    scaler: dict[str, int | float] | None = None
     files: dict[str, FileRecord] = {}
 
 

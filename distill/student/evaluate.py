@@ -44,10 +44,11 @@ class Evaluator:
         self, held_out: Mapping[str, Iterable[Example]], adapter: FeatureAdapter | None = None
     ) -> Evaluation | None:
         """Figures of the rows of each domain; None when no row has a trained token."""
+        was_training = self._student.model.training
         self._student.model.eval()
         with torch.no_grad():
             sums = {domain: self._sums(examples, adapter) for domain, examples in held_out.items()}
-        self._student.model.train()
+        self._student.model.train(was_training)
         sums = {domain: part for domain, part in sums.items() if part.num_tokens}
         if not sums:
             return None

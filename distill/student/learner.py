@@ -104,11 +104,11 @@ class Learner:
             tensors = {name: value.detach().cpu().contiguous() for name, value in self.adapter.state_dict().items()}
             save_file(tensors, folder / FEATURE)
 
-    def scaler_state(self) -> dict[str, float] | None:
+    def scaler_state(self) -> dict[str, int | float] | None:
         """The gradient scale of float16 as plain numbers."""
         return dict(self._scaler.state_dict()) if self._scaler.is_enabled() else None
 
-    def restore(self, folder: Path, scaler_state: dict[str, float] | None) -> None:
+    def restore(self, folder: Path, scaler_state: dict[str, int | float] | None) -> None:
         """Put back all but the student's own weights, which are loaded from the checkpoint. ``folder`` is verified."""
         try:
             restore_optimizer(self._optimizer, self._parameters, load_file(folder / OPTIMIZER))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from distill.config import LoraConfig, TrainConfig
@@ -18,6 +19,7 @@ from distill.student.losses.fused import Head, chunks_of_logits
 from distill.student.precision import Precision
 
 ADAPTER_FILE = "adapter_model.safetensors"
+_LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, SafetensorError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +93,7 @@ def load_student(
         model.requires_grad_(full)
     if training and config.gradient_checkpointing:
         causal_of(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train(training)
     return Student(model, head=head, precision=precision)
 
 
@@ -104,7 +107,7 @@ def load_causal(base: str, *, dtype: torch.dtype | str, trust_remote_code: bool)
         model, info = AutoModelForCausalLM.from_pretrained(
             base, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, output_loading_info=True
         )
-    except (OSError, ValueError, KeyError) as error:
+    except _LOADING_ERRORS as error:
         raise _cannot_load(base, error) from error
     missing = sorted(info["missing_keys"])
     if missing:
@@ -116,9 +119,10 @@ def load_causal(base: str, *, dtype: torch.dtype | str, trust_remote_code: bool)
 
 
 def _cannot_load(base: str, error: Exception) -> UsageError:
+    reason = str(error).partition("\n")[0].rstrip(". ")
     return UsageError(
-        f"cannot load the model {base}: {str(error).splitlines()[0]} It must be a folder or hub name of a causal "
-        "language model with safetensors weights; pickled weights are never loaded. Check --student and --from."
+        f"cannot load the model {base}: {reason}. It must be a folder or hub name of a causal language model with "
+        "safetensors weights; pickled weights are never loaded. Check --student and --from."
     )
 
 
@@ -128,7 +132,7 @@ def _check_config(base: str, vocab_size: int, config: TrainConfig, *, training: 
 
     try:
         found = AutoConfig.from_pretrained(base, trust_remote_code=config.trust_remote_code).get_text_config()
-    except (OSError, ValueError, KeyError) as error:
+    except _LOADING_ERRORS as error:
         raise _cannot_load(base, error) from error
     if training and config.student_layers not in (None, found.num_hidden_layers):
         raise UsageError(
@@ -192,9 +196,10 @@ def _with_adapter(model: Any, folder: Path, *, trainable: bool) -> Any:
     try:
         adapted = PeftModel.from_pretrained(model, folder, is_trainable=trainable, use_safetensors=True)
     except (ValueError, RuntimeError, KeyError) as error:
+        reason = str(error).partition("\n")[0]
         raise CorruptionError(
-            f"the adapter in {folder} does not fit its base model: {str(error).splitlines()[0]}. Restore it from a "
-            "copy, or start from another checkpoint with --from."
+            f"the adapter in {folder} does not fit its base model: {reason}. Restore it from a copy, or start from "
+            "another checkpoint with --from."
         ) from error
     return adapted
 

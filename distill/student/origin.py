@@ -7,7 +7,7 @@ import json
 import re
 from pathlib import Path
 
-from distill.errors import CorruptionError, DataError
+from distill.errors import CorruptionError, DataError, UsageError
 from distill.student.checkpoint import MODEL, STATE, State, read_checkpoint
 from distill.student.model import Origin
 
@@ -19,12 +19,15 @@ def origin_of(source: str | Path) -> Origin:
     """Where the weights of ``source`` come from.
 
     ``source`` is a checkpoint (verified here), a plain model folder, a folder of a LoRA adapter, or a hub name. Raises
-    DataError when it looks like a path and is not there, CorruptionError when it is a damaged checkpoint.
+    UsageError when it looks like a path and is not there, CorruptionError when it is a damaged checkpoint.
     """
     folder = Path(source)
     if not folder.is_dir():
         if isinstance(source, Path) or folder.is_absolute() or source.startswith("."):
-            raise DataError(f"{source} is not there. Name a checkpoint such as RUN/stage1/best, or a model folder.")
+            raise UsageError(
+                f"there is no folder {source}. Name a model folder or hub name with --student, a checkpoint such as "
+                "RUN/stage1/best with --from."
+            )
         return Origin(base=source)
     if (folder / STATE).is_file():
         return origin_of_checkpoint(folder, read_checkpoint(folder))

@@ -49,7 +49,7 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition("\n")[0]
         raise UsageError(
             f"device '{name}' cannot be used: {reason}. Use --device auto, cpu, or one that this machine and this "
             "build of torch have."

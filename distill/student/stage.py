@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import JsonValue, ValidationError
+from pydantic import JsonValue
 
 from distill.cache.reader import CacheReader
 from distill.config import ShareConfig, StageConfig, TrainConfig
@@ -72,7 +72,8 @@ def plan_stage(config: TrainConfig, number: int, reader: CacheReader) -> StagePl
     """
     stage = _stage_of(config, number)
     _refuse_unavailable(number, stage)
-    reader.temperature_index(stage.temperature)
+    held = reader.temperatures[reader.temperature_index(stage.temperature)]
+    stage = stage.model_copy(update={"temperature": held})  # 2.0000000001 is 2
     _check_hidden(number, stage, reader)
     shares = {domain: share for domain, share in stage.shares.items() if has_share(share)}
     _check_domains(number, tuple(shares), reader)
@@ -148,8 +149,6 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, JsonValue]:
 def _stage_of(config: TrainConfig, number: int) -> StageConfig:
     try:
         return config.stage(number)
-    except ValidationError:
-        raise
     except ValueError as error:
         raise UsageError(f"{error}. Use --stage 1, 2, 3 or 1-3.") from error
 

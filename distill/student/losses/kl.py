@@ -53,7 +53,8 @@ def forward_kl(logits_NV: Tensor, targets: TeacherTargets, tail_logits_NV: Tenso
     The cached numbers are rounded, so Σ p is 1 within about 1e-3; it is used as it is. T² keeps the size of the
     gradient comparable between temperatures (Hinton, Vinyals and Dean 2015, section 2).
     """
-    z_NV = wide(logits_NV) / targets.temperature
+    z_NV = wide(logits_NV)
+    z_NV = z_NV / targets.temperature if targets.temperature != 1.0 else z_NV
     if tail_logits_NV is None:
         kl_N = _bucket_kl(z_NV, targets)
     else:
@@ -76,9 +77,12 @@ def low_rank_log_probs(tail_logits_NV: Tensor, targets: TeacherTargets) -> Tenso
 
 
 def _dense_kl(z_NV: Tensor, log_p_NV: Tensor) -> Tensor:
-    # Σ p (log p - log q) with log q = z - lse(z); written so that log q itself is never kept for the backward pass.
+    """Σ p (log p - log q) with log q = z - lse(z); overwrites ``log_p_NV``.
+
+    Written so that log q is never kept for the backward pass: each [N, V] tensor less is a larger chunk.
+    """
     p_NV = log_p_NV.exp()
-    return (p_NV * (log_p_NV - z_NV)).sum(1) + p_NV.sum(1) * z_NV.logsumexp(1)
+    return (p_NV * log_p_NV.sub_(z_NV)).sum(1) + p_NV.sum(1) * z_NV.logsumexp(1)
 
 
 def _bucket_kl(z_NV: Tensor, targets: TeacherTargets) -> Tensor:
