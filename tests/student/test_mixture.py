@@ -50,17 +50,18 @@ def test_the_realised_share_is_within_one_percent_of_the_schedule(name):
             start=st.floats(0.01, 1),
             end=st.floats(0, 1),
         ),
-        min_size=2,
-        max_size=4,
+        min_size=1,
+        max_size=3,
     ),
     num=st.integers(1, 300),
 )
 def test_no_domain_is_ever_far_from_its_schedule(shares, num):
-    named = {str(number): share for number, share in enumerate(shares)}
+    # All shares may be 0 at the same time, which is refused; one that never is keeps the others free.
+    named = {"always": ShareConfig(start=0.1), **{str(number): share for number, share in enumerate(shares)}}
     shares_ND = scheduled_shares(named, np.arange(num) / num)
     assigned = assign_domains(named, num)
-    counts = np.stack([(assigned == domain).cumsum() for domain in range(len(shares))], axis=1)
-    assert np.abs(counts - shares_ND.cumsum(axis=0)).max() <= (1 if len(shares) == 2 else len(shares) - 1) + 1e-6
+    counts = np.stack([(assigned == domain).cumsum() for domain in range(len(named))], axis=1)
+    assert np.abs(counts - shares_ND.cumsum(axis=0)).max() <= len(named) - 1 + 1e-6
 
 
 def test_one_domain_takes_all():
