@@ -1,0 +1,73 @@
+"""Options that several commands share, and how options, ``--set`` and a file become one configuration."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from distill.errors import UsageError
+
+Config = Annotated[Path | None, typer.Option("--config", help="YAML file; options override it.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="KEY.KEY=VALUE, any key of the configuration.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
+CachePath = Annotated[Path, typer.Argument(metavar="CACHE", help="Folder of the cache.")]
+
+
+def configuration(
+    model: Any,
+    section: Literal["cache", "train"],
+    path: Path | None,
+    options: dict[str, Any],
+    settings: list[str] | None,
+) -> Any:
+    """The file's section, overridden by options, overridden by --set, validated."""
+    from distill.config import read_section, validated
+
+    values = _merged(read_section(path, section), given(options))
+    for item in settings or []:
+        key, text = pair(item, "--set", "VALUE")
+        values = _merged(values, _nested(key.split("."), _yaml_value(text)))
+    return validated(model, values, origin=str(path) if path else f"distill {section}")
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
+
+
+def given(values: dict[str, Any]) -> dict[str, Any]:
+    """What the user gave, without what was left out."""
+    return {key: value for key, value in values.items() if value is not None and value != {}}
+
+
+def _nested(keys: list[str], value: Any) -> dict[str, Any]:
+    """``stages.2.temperature`` and a value as nested dictionaries; numbers are keys of stages."""
+    key: Any = int(keys[0]) if keys[0].isdigit() else keys[0]
+    return {key: _nested(keys[1:], value) if len(keys) > 1 else value}
+
+
+def _yaml_value(text: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"--set: '{text}' is not a YAML value: {error}.") from error
+
+
+def pair(item: str, option: str, what: str) -> tuple[str, str]:
+    """``KEY=VALUE`` of an option, apart; UsageError for anything else."""
+    key, equals, value = item.partition("=")
+    if not (key and equals and value):
+        raise UsageError(f"{option} takes KEY={what}, got '{item}'.")
+    return key, value
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """A command's result for machines."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
