@@ -19,6 +19,7 @@ from distill.config import CacheConfig
 from distill.errors import RetryError, UsageError
 from distill.records import Prompt, Targets
 from distill.teacher.engine import FloatArray, first_trained
+from distill.teacher.vllm_names import check_installed
 
 Mode = Literal["targets", "moments", "hidden"]
 
@@ -52,6 +53,7 @@ class VllmEngine:
         self.version = str(vllm.__version__)
         if tuple(int(part) for part in self.version.split(".")[:2]) < _OLDEST:
             raise UsageError(f"vllm {self.version} is too old; install vllm {'.'.join(map(str, _OLDEST))} or newer.")
+        check_installed(self.version)
         defaults: dict[str, Any] = {"max_model_len": config.max_length, "disable_log_stats": True}
         if current_platform.is_cpu():
             # One process: an engine process of its own would only fight for the same cores.

@@ -4,8 +4,7 @@ vLLM instantiates the class named by ``worker_cls`` in every worker process, so 
 nowhere else. After each forward pass it reads the final hidden states of the step's tokens, which vLLM would throw
 away but for the last one of each request, and runs the LM head over them in chunks.
 
-The private names of vLLM that this relies on are ``execute_model_state`` and ``input_batch`` of the model runner,
-``shard_indices`` of the LM head, and the fields of ``LogitsProcessor``; they are pinned by the end-to-end test.
+The private names of vLLM that this relies on are listed, and checked at the start, in ``distill.teacher.vllm_names``.
 """
 
 from dataclasses import dataclass, fields
@@ -278,29 +277,59 @@ class CaptureWorker(BaseWorker):  # type: ignore[misc]
         }
 
 
+class _StopAtHeadError(Exception):
+    """Carries the arguments of a LogitsProcessor's call out of the model."""
+
+
 def _find_head(model: Any, vocab_size: int, *, float32: bool) -> Head:
-    """This rank's slice of the LM head. ``vocab_size`` cuts the padding that checkpoints carry (Qwen's 152,064)."""
+    """This rank's slice of the LM head. ``vocab_size`` cuts the padding that checkpoints carry (Qwen's 152,064).
+
+    Models name their heads differently (Gemma has none but its embedding), so the model is asked for logits and
+    stopped where it hands its head to the LogitsProcessor.
+    """
     language_model = model.get_language_model() if hasattr(model, "get_language_model") else model
     processors = [module for module in language_model.modules() if isinstance(module, LogitsProcessor)]
     if len(processors) != 1:
         raise RuntimeError(f"expected one LogitsProcessor in {type(model).__name__}, found {len(processors)}")
-    lm_head = language_model.lm_head
-    if not lm_head.weight.is_floating_point():
+    lm_head, bias = _head_given_to(processors[0], language_model)
+    weight = getattr(lm_head, "weight", None)
+    if weight is None or not weight.is_floating_point():
         raise RuntimeError("the LM head is quantised; capture needs a checkpoint whose head is not")
     first = int(lm_head.shard_indices.org_vocab_start_index)
     num_ids = min(int(lm_head.shard_indices.num_org_elements), vocab_size - first)
     if num_ids < 1:
         raise RuntimeError(f"rank {get_tp_group().rank_in_group} holds no real token; use fewer tensor-parallel ranks")
     return Head(
-        lm_head.weight,
+        weight,
         first_id=first,
         num_ids=num_ids,
-        bias=getattr(lm_head, "bias", None),
+        bias=bias,
         soft_cap=processors[0].soft_cap,
         scale=float(processors[0].scale),
         float32=float32,
-        compiled=can_compile(lm_head.weight.device),
+        compiled=can_compile(weight.device),
     )
+
+
+def _head_given_to(processor: torch.nn.Module, language_model: Any) -> tuple[Any, torch.Tensor | None]:
+    def stop(_module: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
+        raise _StopAtHeadError(arguments)
+
+    weight = next(language_model.parameters())
+    dim = language_model.config.get_text_config().hidden_size
+    probe_1D = torch.linspace(-1, 1, dim, dtype=weight.dtype, device=weight.device)[None]
+    handle = processor.register_forward_pre_hook(stop)
+    try:
+        language_model.compute_logits(probe_1D)
+    except _StopAtHeadError as call:
+        lm_head, hidden_1D, *rest = call.args[0]
+    else:
+        raise RuntimeError(f"{type(language_model).__name__}.compute_logits never calls its LogitsProcessor")
+    finally:
+        handle.remove()
+    if not torch.equal(hidden_1D, probe_1D):
+        raise RuntimeError(f"{type(language_model).__name__} changes its hidden states before the LM head")
+    return lm_head, rest[0] if rest else getattr(lm_head, "bias", None)
 
 
 def _to_host(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], torch.cuda.Event | None]:

@@ -1,0 +1,95 @@
+"""Model families in the real vLLM: tied and untied heads, biases, soft-capped and scaled logits, experts, padded heads.
+
+What it protects: that capture applies exactly what the model's own forward pass applies between hidden state and
+probability. Tiny random weights; every model has twelve more head rows than tokens.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm", exc_type=ImportError)
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Qwen2": {"tie_word_embeddings": True},
+    "Qwen3": {"tie_word_embeddings": False},
+    "Qwen3Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "Llama": {"tie_word_embeddings": True},
+    "Mistral": {"tie_word_embeddings": False, "sliding_window": None},
+    "Gemma2": {"final_logit_softcapping": 5.0, "query_pre_attn_scalar": 32, "hidden_activation": "gelu_pytorch_tanh"},
+    "Granite": {"logits_scaling": 4.0, "embedding_multiplier": 2.0, "attention_multiplier": 0.2},
+}
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
+    """Largest errors of each family; all of them are captured in one process."""
+    import torch
+    import transformers
+    from tokenizers import Tokenizer, models
+
+    root = tmp_path_factory.mktemp("families")
+    vocabulary = {f"t{i}": i for i in range(500)}
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="t0")), eos_token="t2", pad_token="t0"
+    )
+    for name, more in FAMILIES.items():
+        torch.manual_seed(0)
+        config = getattr(transformers, f"{name}Config")(**{**SMALL, **more})
+        model = getattr(transformers, f"{name}ForCausalLM")(config)
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name.endswith("bias"):
+                torch.nn.init.normal_(parameter, std=0.3)
+        model.to(torch.float32).save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    command = [
+        sys.executable,
+        "-m",
+        "tests.teacher.capture_models",
+        *(str(root / name) for name in (*FAMILIES, "Qwen3@tight")),
+    ]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": "."},
+        cwd=Path(__file__).parents[2],
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, dict[str, float]] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def test_a_preempted_sequence_is_captured_once(report: dict[str, dict[str, float]]) -> None:
+    assert report["Qwen3@tight"]["preemptions"] > 0
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "Qwen3@tight"])
+def test_capture_equals_the_familys_own_logits(family: str, report: dict[str, dict[str, float]]) -> None:
+    worst = report[family]
+    assert worst["spread"] > 0.2, "the logits must differ enough for an error to show"
+    assert worst["topk_logprobs"] <= 1e-3
+    assert worst["best"] <= 1e-3
+    for temperature in (4, 2, 1):
+        assert worst[f"log_z {temperature}"] <= 1e-4
+        assert worst[f"log_tail {temperature}"] <= 1e-3
