@@ -3,10 +3,12 @@ numbers are from a float64 softmax over transformers' own logits of the same wei
 
     python -m tests.teacher.capture_models FOLDER… FOLDER@tight    # one JSON object: folder name -> largest errors
 
-``@tight`` gives the engine so little memory for keys and values that it must preempt.
+``@tight`` gives the engine so little memory for keys and values that it must preempt. With VLLM_USE_V2_MODEL_RUNNER=1
+and TRITON_INTERPRET=1 in the environment vLLM's second model runner is at work, the one that GPUs get.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from distill.config import CacheConfig, TargetsConfig
 from distill.records import Prompt, Targets
+from distill.teacher import capture
 from distill.teacher.vllm_engine import VllmEngine
 
 VOCAB, K, TEMPERATURES = 500, 16, (4.0, 2.0, 1.0)
@@ -77,9 +80,20 @@ def _preemptions(engine: VllmEngine) -> int:
     return sum(int(m.value) for m in engine._llm.get_metrics() if m.name == "vllm:num_preemptions")
 
 
+def use_second_model_runner() -> None:
+    """vLLM wants a Triton driver for the CPU, which no package has; the interpreter needs none: an empty one does."""
+    import triton.backends
+
+    driver = type("Driver", (), {"is_active": staticmethod(lambda: True)})
+    triton.backends.backends["cpu"] = type("Backend", (), {"driver": driver, "compiler": None})
+    capture.can_compile = lambda _device: False  # torch.compile would ask that driver for its target
+
+
 def main() -> None:
     """Captures every model that the command line names."""
     report = {}
+    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER"):
+        use_second_model_runner()
     for argument in sys.argv[1:]:
         folder, _, mode = argument.partition("@")
         options = {**(TIGHT if mode == "tight" else STEP), "kv_cache_memory_bytes": 16 << 20}
@@ -93,6 +107,8 @@ def main() -> None:
             engine_options=options,
         )
         engine = VllmEngine(config, vocab_size=VOCAB)
+        worker = engine._llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+        runner = type(worker.model_runner).__module__
         captured = dict(engine.capture(prompts()))
         preemptions = _preemptions(engine) if mode == "tight" else 0
         engine.close()
@@ -104,7 +120,7 @@ def main() -> None:
             for name, value in errors(captured[ordinal], logits.double().numpy()).items():
                 worst[name] = max(worst.get(name, 0.0), value)
         worst["spread"] = float(logits.std())
-        worst["preemptions"] = preemptions
+        worst |= {"preemptions": preemptions, "v2": float(runner == "vllm.v1.worker.cpu.model_runner")}
         report[Path(argument).name] = worst
     print(json.dumps(report))
 

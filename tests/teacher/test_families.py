@@ -40,6 +40,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
+SECOND = ("Qwen3", "Qwen3@tight")  # also in vLLM's second model runner
+
+
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
     """Largest errors of each family; all of them are captured in one process."""
@@ -61,20 +64,19 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, floa
                 torch.nn.init.normal_(parameter, std=0.3)
         model.to(torch.float32).save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
-    command = [
-        sys.executable,
-        "-m",
-        "tests.teacher.capture_models",
-        *(str(root / name) for name in (*FAMILIES, "Qwen3@tight")),
-    ]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "PYTHONPATH": "."},
-        cwd=Path(__file__).parents[2],
-    )
+    return {
+        **captured(*(str(root / name) for name in (*FAMILIES, "Qwen3@tight"))),
+        **{f"{name} v2": errors for name, errors in captured(*(str(root / n) for n in SECOND), v2=True).items()},
+    }
+
+
+def captured(*folders: str, v2: bool = False) -> dict[str, dict[str, float]]:
+    """What ``tests.teacher.capture_models`` prints."""
+    repository = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "tests.teacher.capture_models", *folders]
+    second = {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"} if v2 else {}
+    environment = {**os.environ, "PYTHONPATH": str(repository), **second}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=repository)
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, dict[str, float]] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -82,9 +84,14 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, floa
 
 def test_a_preempted_sequence_is_captured_once(report: dict[str, dict[str, float]]) -> None:
     assert report["Qwen3@tight"]["preemptions"] > 0
+    assert report["Qwen3@tight v2"]["preemptions"] > 0
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "Qwen3@tight"])
+def test_both_model_runners_were_at_work(report: dict[str, dict[str, float]]) -> None:
+    assert {name for name, errors in report.items() if errors["v2"]} == {f"{name} v2" for name in SECOND}
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "Qwen3@tight", "Qwen3 v2", "Qwen3@tight v2"])
 def test_capture_equals_the_familys_own_logits(family: str, report: dict[str, dict[str, float]]) -> None:
     worst = report[family]
     assert worst["spread"] > 0.2, "the logits must differ enough for an error to show"
