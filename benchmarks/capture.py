@@ -2,9 +2,9 @@
 
     python -m benchmarks.capture [--repeats 5] [--threads 2] [--json FILE]
 
-``small`` is SmolLM2-135M in bfloat16 on text that is at hand (this repository's documents and example data). Its LM head
-is about a fifth of its work and must run at every position, where plain prefill runs it at the last one only: the floor
-is about 1.27. ``deep`` is a random model whose head is 2% of the work, as in a 72B model: its floor is 1.02.
+``small`` is SmolLM2-135M in bfloat16 on text that is at hand (this repository's documents and example data). Its LM
+head is about a fifth of its work and must run at every position, where plain prefill runs it at the last one only: the
+floor is about 1.27. ``deep`` is a random model whose head is 2% of the work, as in a 72B model: its floor is 1.02.
 """
 
 import argparse

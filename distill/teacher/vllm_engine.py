@@ -77,6 +77,8 @@ class VllmEngine:
                 additional_config={"distill": settings},
                 **{**defaults, **config.engine_options},
             )
+        except (ValueError, TypeError) as error:  # pydantic's ValidationError is a ValueError
+            raise UsageError(f"vllm {self.version} refuses {config.teacher} or engine_options: {error}") from error
         except Exception as error:
             raise RetryError(
                 f"vllm {self.version} could not start with {config.teacher}: {error}. Nothing written so far is lost; "
@@ -164,7 +166,7 @@ class VllmEngine:
         self._llm.collective_rpc("capture_begin", args=(mode,))
         source = enumerate(prompts)
         waiting: dict[int, int] = {}  # ordinal -> positions
-        running, exhausted = 0, False
+        running, unread, exhausted = 0, 0, False
         while waiting or not exhausted:
             while running < self._window and not exhausted:
                 entry = next(source, None)
@@ -175,9 +177,11 @@ class VllmEngine:
                 waiting[entry[0]] = entry[1].num_targets
                 running += 1
             if running:
-                running -= sum(output.finished for output in engine.step())
-            if running <= self._window // 2:
+                finished = sum(output.finished for output in engine.step())
+                running, unread = running - finished, unread + finished
+            if not running or unread >= self._window // 4:
                 yield from self._finished(waiting)
+                unread = 0
             if not running and exhausted and waiting:
                 raise RuntimeError(f"{len(waiting)} sequences finished without all their positions captured")
 

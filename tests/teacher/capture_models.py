@@ -10,6 +10,7 @@ and TRITON_INTERPRET=1 in the environment vLLM's second model runner is at work,
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from distill.teacher import capture
 from distill.teacher.vllm_engine import VllmEngine
 
 VOCAB, K, TEMPERATURES = 500, 16, (4.0, 2.0, 1.0)
-LENGTHS = (1, 30, 32, 33, 70, 120, 110, 100)  # around the 32 tokens of a step
+LENGTHS = (1, 30, 32, 33, 70, 120, 110, 100, *range(2, 30))  # around the 32 tokens of a step
 STEP = {"max_num_batched_tokens": 32, "max_num_seqs": 4}
 # Six blocks of 32 tokens and 32 tokens of each prompt in a step: prompts grow side by side until they do not fit
 # together, so one is preempted and computed again.
@@ -76,6 +77,22 @@ def errors(targets: Targets, logits_NV: NDArray[np.float64]) -> dict[str, float]
     return {name: float(value) for name, value in found.items()}
 
 
+def _capture(engine: VllmEngine) -> tuple[dict[int, Targets], int]:
+    """Targets of every prompt, and how many prompts at most were read ahead of the answers."""
+    num_read, lead, captured = 0, 0, {}
+
+    def stream() -> Iterator[Prompt]:
+        nonlocal num_read
+        for prompt in prompts():
+            num_read += 1
+            yield prompt
+
+    for ordinal, targets in engine.capture(stream()):
+        lead = max(lead, num_read - len(captured))
+        captured[ordinal] = targets
+    return captured, lead
+
+
 def _preemptions(engine: VllmEngine) -> int:
     return sum(int(m.value) for m in engine._llm.get_metrics() if m.name == "vllm:num_preemptions")
 
@@ -109,7 +126,7 @@ def main() -> None:
         engine = VllmEngine(config, vocab_size=VOCAB)
         worker = engine._llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
         runner = type(worker.model_runner).__module__
-        captured = dict(engine.capture(prompts()))
+        captured, lead = _capture(engine)
         preemptions = _preemptions(engine) if mode == "tight" else 0
         engine.close()
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
@@ -120,7 +137,7 @@ def main() -> None:
             for name, value in errors(captured[ordinal], logits.double().numpy()).items():
                 worst[name] = max(worst.get(name, 0.0), value)
         worst["spread"] = float(logits.std())
-        worst |= {"preemptions": preemptions, "v2": float(runner == "vllm.v1.worker.cpu.model_runner")}
+        worst |= {"preemptions": preemptions, "lead": lead, "v2": float(runner == "vllm.v1.worker.cpu.model_runner")}
         report[Path(argument).name] = worst
     print(json.dumps(report))
 

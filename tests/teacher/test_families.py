@@ -87,6 +87,11 @@ def test_a_preempted_sequence_is_captured_once(report: dict[str, dict[str, float
     assert report["Qwen3@tight v2"]["preemptions"] > 0
 
 
+def test_prompts_are_read_no_further_ahead_than_the_window(report: dict[str, dict[str, float]]) -> None:
+    """Two times max_num_seqs run at once, and a few more wait to be taken; memory does not grow with the data."""
+    assert all(0 < errors["lead"] <= 12 for errors in report.values())
+
+
 def test_both_model_runners_were_at_work(report: dict[str, dict[str, float]]) -> None:
     assert {name for name, errors in report.items() if errors["v2"]} == {f"{name} v2" for name in SECOND}
 
