@@ -9,36 +9,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.teacher.families import FAMILIES, save_tiny
+
 pytest.importorskip("vllm", exc_type=ImportError)
-
-SMALL: dict[str, Any] = {
-    "vocab_size": 512,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 32,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.3,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "Qwen2": {"tie_word_embeddings": True},
-    "Qwen3": {"tie_word_embeddings": False},
-    "Qwen3Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
-    "Llama": {"tie_word_embeddings": True},
-    "Mistral": {"tie_word_embeddings": False, "sliding_window": None},
-    "Gemma2": {"final_logit_softcapping": 5.0, "query_pre_attn_scalar": 32, "hidden_activation": "gelu_pytorch_tanh"},
-    "Granite": {"logits_scaling": 4.0, "embedding_multiplier": 2.0, "attention_multiplier": 0.2},
-}
-
 
 SECOND = ("Qwen3", "Qwen3@tight")  # also in vLLM's second model runner
 
@@ -46,24 +22,9 @@ SECOND = ("Qwen3", "Qwen3@tight")  # also in vLLM's second model runner
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
     """Largest errors of each family; all of them are captured in one process."""
-    import torch
-    import transformers
-    from tokenizers import Tokenizer, models
-
     root = tmp_path_factory.mktemp("families")
-    vocabulary = {f"t{i}": i for i in range(500)}
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="t0")), eos_token="t2", pad_token="t0"
-    )
-    for name, more in FAMILIES.items():
-        torch.manual_seed(0)
-        config = getattr(transformers, f"{name}Config")(**{**SMALL, **more})
-        model = getattr(transformers, f"{name}ForCausalLM")(config)
-        for parameter_name, parameter in model.named_parameters():
-            if parameter_name.endswith("bias"):
-                torch.nn.init.normal_(parameter, std=0.3)
-        model.to(torch.float32).save_pretrained(root / name)
-        tokenizer.save_pretrained(root / name)
+    for name in FAMILIES:
+        save_tiny(name, root / name)
     return {
         **captured(*(str(root / name) for name in (*FAMILIES, "Qwen3@tight"))),
         **{f"{name} v2": errors for name, errors in captured(*(str(root / n) for n in SECOND), v2=True).items()},
