@@ -17,6 +17,7 @@ from distill.errors import UsageError
 Overlong = Literal["truncate", "reject", "split"]
 Tail = Literal["low_rank", "bucket"]
 Schedule = Literal["constant", "linear", "cosine", "step"]
+DivergenceName = Literal["forward", "reverse", "js", "skew"]
 
 
 def _positive_temperatures(values: tuple[float, ...]) -> tuple[float, ...]:
@@ -123,7 +124,7 @@ class WeightsConfig(_Model):
     ce: float = Field(0.0, ge=0)
     feature: float = Field(0.0, ge=0)
     attention: float = Field(0.0, ge=0, description="not available yet: anything but 0 is refused")
-    contrastive: float = Field(0.0, ge=0, description="not available yet: anything but 0 is refused")
+    contrastive: float = Field(0.0, ge=0)
 
 
 class StageConfig(_Model):
@@ -133,15 +134,27 @@ class StageConfig(_Model):
     temperature: float = Field(gt=0)
     weights: WeightsConfig
     tail: Tail = "low_rank"
+    divergence: DivergenceName = Field("forward", description="what weights.kl weighs; see docs/losses.md")
+    beta: float | None = Field(
+        None, gt=0, lt=1, description="the teacher's part in the mixture of js (default 0.5) and skew (default 0.1)"
+    )
+    contrastive_temperature: float = Field(0.1, gt=0, description="τ of the contrastive loss")
     learning_rate: float = Field(gt=0)
     epochs: float = Field(gt=0)
     max_steps: int | None = Field(None, ge=1, description="optimizer steps; overrides epochs")
     batch_size: int = Field(ge=1, description="sequences in an optimizer step, over all devices")
     eval_every: int = Field(100, ge=1, description="optimizer steps between evaluations, and between checkpoints")
     eval_rows: int = Field(256, ge=1, description="held-out sequences of each domain that an evaluation reads")
-    balance: bool = Field(False, description="gradient balancing; not available yet: true is refused")
+    balance: bool = Field(
+        False, description="weigh losses by their gradient norms, so that weights are parts of the gradient"
+    )
+    balance_every: int = Field(50, ge=1, description="optimizer steps between two measurements of gradient norms")
     sampling: Literal["uniform", "evaluation"] = Field(
-        "uniform", description="evaluation-driven sampling is not available yet and is refused"
+        "uniform", description="evaluation: groups with a higher held-out loss come more often; see docs/stages.md"
+    )
+    sampling_by: str = Field("domain", min_length=1, description="what a group is: domain, or a metadata key")
+    sampling_floor: float = Field(
+        0.3, ge=0, le=1, description="part of a group's own share that no evaluation can take away"
     )
 
 
@@ -212,7 +225,7 @@ def _stage_defaults(general: str, domain: str) -> dict[int, dict[str, Any]]:
         2: {
             "shares": {general: falling, domain: rising},
             "temperature": 2.0,
-            "weights": {"kl": 0.7, "ce": 0.3, "feature": 0.2},
+            "weights": {"kl": 0.7, "ce": 0.3, "feature": 0.2, "contrastive": 0.1},
             "learning_rate": 3e-5,
             "epochs": 2,
             "batch_size": 8,

@@ -7,7 +7,8 @@ nothing here shifts again. ``B`` sequences, ``S`` padded length, ``N`` trained t
 ``T`` temperatures of the cache, ``R`` rank of its projection.
 """
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -19,6 +20,8 @@ from torch import Tensor
 from distill.cache.projection import Projection
 from distill.records import SequenceTargets
 from distill.student.losses.kl import TeacherTargets
+
+NO_GROUP = "(none)"  # of rows that lack the metadata key
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +36,7 @@ class Example:
     log_z: NDArray[np.float32]  # [n, T]
     log_tail: NDArray[np.float32]  # [n, T]
     hidden: dict[int, NDArray[np.int8]]  # bits -> [n, r_bits]
+    group: str | None = None  # of a metadata key, where rows are told apart by one
 
     @property
     def num_trained(self) -> int:
@@ -40,7 +44,12 @@ class Example:
         return len(self.positions)
 
 
-def example_of(sequence: SequenceTargets, max_length: int) -> Example:
+def group_of(metadata: Mapping[str, str], key: str) -> str:
+    """The value that a row has for a metadata key."""
+    return metadata.get(key, NO_GROUP)
+
+
+def example_of(sequence: SequenceTargets, max_length: int, *, group_by: str | None = None) -> Example:
     """The first ``max_length`` tokens and their trained targets, which in a causal model no later token changes."""
     prompt, targets = sequence.prompt, sequence.targets
     positions = np.flatnonzero(prompt.loss_mask[: max_length - 1])
@@ -53,6 +62,7 @@ def example_of(sequence: SequenceTargets, max_length: int) -> Example:
         log_z=targets.log_z[positions],
         log_tail=targets.log_tail[positions],
         hidden={bits: values[positions] for bits, values in targets.hidden.items()},
+        group=None if group_by is None else group_of(prompt.metadata, group_by),
     )
 
 
@@ -69,6 +79,8 @@ class DistillBatch:
     log_z: Tensor  # [N, T] float32
     log_tail: Tensor  # [N, T] float32
     coords: Tensor | None  # [N, R] float32
+    sequence: Tensor  # [N] int64, the sequence of each trained token
+    keys: Tensor  # [B] int64, equal for sequences with the same tokens and trained positions
 
     @property
     def num_trained(self) -> int:
@@ -113,7 +125,15 @@ def collate(examples: Sequence[Example], projection: Projection | None) -> Disti
         log_z=torch.from_numpy(np.concatenate([example.log_z for example in examples])),
         log_tail=torch.from_numpy(np.concatenate([example.log_tail for example in examples])),
         coords=None if projection is None else torch.from_numpy(_coords(examples, projection)),
+        sequence=torch.from_numpy(np.repeat(np.arange(len(examples)), [example.num_trained for example in examples])),
+        keys=torch.tensor([_key(example) for example in examples]),
     )
+
+
+def _key(example: Example) -> int:
+    digest = hashlib.blake2b(example.input_ids.tobytes(), digest_size=8)
+    digest.update(example.positions.tobytes())
+    return int.from_bytes(digest.digest(), "little", signed=True)
 
 
 def _coords(examples: Sequence[Example], projection: Projection) -> NDArray[np.float32]:

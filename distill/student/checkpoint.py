@@ -43,6 +43,13 @@ class Best(_Model):
     objective: float
 
 
+class Reweighting(_Model):
+    """Sampling weights that hold from ``position`` on, until the next ones; see sampling.py."""
+
+    position: int  # sequences consumed
+    weights: dict[str, float]
+
+
 class FileRecord(_Model):
     """What a file of a checkpoint must be."""
 
@@ -63,6 +70,8 @@ class State(_Model):
     evaluation: Evaluation | None = None  # the newest at this step or before
     settings: dict[str, JsonValue]  # what must be equal to go on; see stage.settings_of
     base: str | None = None  # of an adapter: see origin.py
+    sampling: tuple[Reweighting, ...] = ()  # an input to the order of the examples
+    balance: dict[str, float] | None = None  # smoothed gradient norms of the losses; see balance.py
     scaler: dict[str, int | float] | None = None
     files: dict[str, FileRecord] = {}
 

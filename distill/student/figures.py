@@ -1,6 +1,6 @@
 """Held-out figures: what an evaluation finds flows out as records that checkpoints, logs and reports share."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from distill.config import StageConfig, Tail
 
@@ -15,19 +15,33 @@ class Figures:
     ce: float
     perplexity: float
     top1_agreement: float  # share of tokens where the student's first choice is the teacher's
+    top5_agreement: float  # mean share of the teacher's first five among the student's first five
+    ece: float  # expected calibration error of the student against the next token, 15 bins (Guo et al. 2017)
     feature: float | None  # see losses.feature; None without an adapter
+    contrastive: float | None = None  # see contrast.py; among the rows read together; None without its weight
+    divergence: float | None = None  # the stage's own at its temperature, without T²; None where that is ``kl``
+
+    def objective(self, stage: StageConfig) -> float:
+        """The stage's weighted loss, as ``objective.Objective`` has it but for each token."""
+        weights = stage.weights
+        divergence = self.kl[stage.temperature] if self.divergence is None else self.divergence
+        kl = weights.kl * stage.temperature**2 * divergence
+        hidden = weights.feature * (self.feature or 0.0) + weights.contrastive * (self.contrastive or 0.0)
+        return kl + weights.ce * self.ce + hidden
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """Figures of each domain and of all tokens together. ``tail`` says what the teacher's tail was rebuilt from."""
+    """Figures of each domain, of all tokens together, and of each group where rows were grouped by a metadata key.
+
+    ``tail`` says what the teacher's tail was rebuilt from.
+    """
 
     tail: Tail
     domains: dict[str, Figures]
     overall: Figures
+    groups: dict[str, Figures] = field(default_factory=dict)
 
     def objective(self, stage: StageConfig) -> float:
-        """The stage's weighted loss on these rows: ``w_kl T² KL + w_ce CE + w_feature feature``."""
-        weights, figures = stage.weights, self.overall
-        kl = weights.kl * stage.temperature**2 * figures.kl[stage.temperature]
-        return kl + weights.ce * figures.ce + weights.feature * (figures.feature or 0.0)
+        """The stage's weighted loss on these rows, as ``Figures.objective`` has it."""
+        return self.overall.objective(stage)

@@ -64,12 +64,22 @@ def assign_domains(shares: Mapping[str, ShareConfig], num_sequences: int) -> NDA
     for start in range(0, num_sequences, _BLOCK):
         stop = min(start + _BLOCK, num_sequences)
         shares_ND = scheduled_shares(shares, np.arange(start, stop) / num_sequences)
-        for n, row in enumerate(shares_ND.tolist(), start):
-            deficits = [deficit + share for deficit, share in zip(deficits, row, strict=True)]
-            chosen = deficits.index(max(deficits))
-            deficits[chosen] -= 1.0
-            assigned[n] = chosen
+        assigned[start:stop], deficits = follow(shares_ND, deficits)
     return assigned
+
+
+def follow(shares_ND: NDArray[np.float64], deficits: list[float]) -> tuple[NDArray[np.uint8], list[float]]:
+    """The choice for each of N more sequences, as in ``assign_domains``, and how far each of D has fallen behind then.
+
+    ``deficits`` says how far each has fallen behind before.
+    """
+    chosen_N = np.zeros(len(shares_ND), np.uint8)
+    for n, row in enumerate(shares_ND.tolist()):
+        deficits = [deficit + share for deficit, share in zip(deficits, row, strict=True)]
+        chosen = deficits.index(max(deficits))
+        deficits[chosen] -= 1.0
+        chosen_N[n] = chosen
+    return chosen_N, deficits
 
 
 def realised_shares(assigned: NDArray[np.uint8], num_domains: int) -> NDArray[np.float64]:

@@ -17,6 +17,7 @@ from distill.errors import CorruptionError, IdentityError, UsageError
 from distill.student.batch import DistillBatch
 from distill.student.losses.fused import Head, chunks_of_logits
 from distill.student.precision import Precision
+from distill.student.shrink import find_layers
 
 ADAPTER_FILE = "adapter_model.safetensors"
 _LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, SafetensorError)
@@ -64,6 +65,14 @@ class Student:
         """Names and parameters that the optimizer trains."""
         return ((name, value) for name, value in self.model.named_parameters() if value.requires_grad)
 
+    def shared(self) -> list[nn.Parameter]:
+        """Trained parameters whose gradients tell losses apart: adapters, or else the last layer, or else all."""
+        total = causal_of(self.model).config.get_text_config().num_hidden_layers
+        found = None if hasattr(self.model, "peft_config") else find_layers(self._decoder, total)
+        last_layer = None if found is None else getattr(*found)[-1]
+        trained = self.trainable() if last_layer is None else last_layer.named_parameters()
+        return [value for _, value in trained if value.requires_grad]
+
 
 def causal_of(model: Any) -> Any:
     """The transformers model inside peft's wrapper, or the model itself."""
@@ -85,7 +94,7 @@ def load_student(
     head = _head_of(model, vocab_size, precision)
     _check_head(model, head)
     if origin.adapter is not None:
-        model = _with_adapter(model, origin.adapter, trainable=training and not full)
+        model = with_adapter(model, origin.adapter, trainable=training and not full)
         model = model.merge_and_unload() if full else model
     elif training and not full:
         model = _with_new_adapter(model, config.lora)
@@ -188,7 +197,8 @@ def _check_head(model: Any, head: Head) -> None:
         )
 
 
-def _with_adapter(model: Any, folder: Path, *, trainable: bool) -> Any:
+def with_adapter(model: Any, folder: Path, *, trainable: bool) -> Any:
+    """peft's wrapper of ``model`` with the adapter in ``folder``. Raises UsageError and CorruptionError as they say."""
     from peft import PeftModel
 
     if not (folder / ADAPTER_FILE).is_file():

@@ -37,18 +37,31 @@ class Window:
 
 
 class DomainOrder:
-    """The endless walk over one domain's train rows, each epoch in an order of its own."""
+    """The endless walk over one domain's train rows, each epoch in an order of its own.
 
-    def __init__(self, units: Sequence[UnitRows], *, domain: str, seed: int, shard_window: int) -> None:
+    ``group`` is a metadata key and the value that its rows have, where the walk is over those rows alone.
+    """
+
+    def __init__(
+        self,
+        units: Sequence[UnitRows],
+        *,
+        domain: str,
+        seed: int,
+        shard_window: int,
+        group: tuple[str, str] | None = None,
+    ) -> None:
         filled = [unit for unit in units if unit.num_rows > 0]
         self._units = sorted(filled, key=lambda unit: unit.unit)
-        self._domain, self._seed, self._shard_window = domain, seed, shard_window
+        self._walk = domain if group is None else json.dumps([domain, *group])
+        self._seed, self._shard_window = seed, shard_window
+        self.group = group
         self.num_rows = sum(unit.num_rows for unit in self._units)
 
     def window(self, position: int) -> Window:
         """The window that holds ``position``, counted from 0 over all epochs."""
         epoch, offset = divmod(position, self.num_rows)
-        permuted = [self._units[i] for i in permutation(len(self._units), self._seed, self._domain, epoch, "units")]
+        permuted = [self._units[i] for i in permutation(len(self._units), self._seed, self._walk, epoch, "units")]
         stops = list(itertools.accumulate(unit.num_rows for unit in permuted))
         number = bisect.bisect_right(stops, offset) // self._shard_window
         first, last = number * self._shard_window, min((number + 1) * self._shard_window, len(permuted)) - 1
@@ -57,7 +70,7 @@ class DomainOrder:
             start=epoch * self.num_rows + start,
             stop=epoch * self.num_rows + stop,
             units=tuple(permuted[first : last + 1]),
-            order=permutation(stop - start, self._seed, self._domain, epoch, number),
+            order=permutation(stop - start, self._seed, self._walk, epoch, number),
         )
 
 

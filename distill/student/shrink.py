@@ -54,7 +54,13 @@ def keep_layers(model: Any, num_layers: int) -> list[int]:
         raise UsageError(
             f"student_layers is {num_layers}, but the student has {total} layers. Ask for {total} or fewer."
         )
-    parent, name = _find_layers(model.base_model, total)
+    found = find_layers(model.base_model, total)
+    if found is None:
+        raise UsageError(
+            f"student_layers: no list of {total} layers was found in {type(model.base_model).__name__}, so none can be "
+            "left out. Leave student_layers away, or name a student that was made smaller beforehand."
+        )
+    parent, name = found
     kept = evenly_spaced(total, num_layers)
     layers = getattr(parent, name)
     setattr(parent, name, nn.ModuleList([layers[index] for index in kept]))
@@ -82,15 +88,13 @@ def evenly_spaced(total: int, num: int) -> list[int]:
     return [int(index * (total - 1) / (num - 1) + 0.5) for index in range(num)]
 
 
-def _find_layers(decoder: nn.Module, total: int) -> tuple[nn.Module, str]:
+def find_layers(decoder: nn.Module, total: int) -> tuple[nn.Module, str] | None:
+    """The module that holds the list of a decoder's ``total`` layers, and the list's name in it."""
     for parent in decoder.modules():
         for name, child in parent.named_children():
             if isinstance(child, nn.ModuleList) and len(child) == total:
                 return parent, name
-    raise UsageError(
-        f"student_layers: no list of {total} layers was found in {type(decoder).__name__}, so none can be left out. "
-        "Leave student_layers away, or name a student that was made smaller beforehand."
-    )
+    return None
 
 
 def _check_record(folder: Path, record: dict[str, object]) -> None:

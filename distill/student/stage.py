@@ -20,7 +20,8 @@ from distill.config import ShareConfig, StageConfig, TrainConfig
 from distill.errors import DataError, IdentityError, UsageError
 from distill.student.checkpoint import State
 from distill.student.mixture import assign_domains, has_share, scheduled_shares
-from distill.student.order import DomainOrder, UnitRows
+from distill.student.order import DomainOrder
+from distill.student.sampling import Cell, Sampler, cells_of
 
 _BLOCK = 2**16  # sequences whose shares are computed at a time
 
@@ -43,20 +44,28 @@ _FREE = frozenset(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StagePlan:
-    """A stage that can be trained: ``assigned[n]`` is the number, in ``domains``, of the domain of sequence n."""
+    """A stage that can be trained: ``assigned[n]`` is the number of the cell that supplies sequence n.
+
+    Cells are the domains, unless sampling tells groups of them apart. With ``sampler`` the array is filled while the
+    stage is trained.
+    """
 
     number: int
     stage: StageConfig
     domains: tuple[str, ...]
-    orders: tuple[DomainOrder, ...]
+    cells: tuple[Cell, ...]
+    orders: tuple[DomainOrder, ...]  # of the cells
     num_steps: int
     assigned: NDArray[np.uint8]
     scheduled: NDArray[np.float64]  # [steps + 1, D], scheduled sequences of each domain up to a step
+    sampler: Sampler | None
 
     def shares(self, step: int) -> dict[str, dict[str, float]]:
         """Each domain's realised and scheduled share of the sequences up to a step."""
         consumed = step * self.stage.batch_size
-        counts = np.bincount(self.assigned[:consumed], minlength=len(self.domains))
+        counts = np.zeros(len(self.domains))
+        for cell, num in zip(self.cells, np.bincount(self.assigned[:consumed], minlength=len(self.cells)), strict=True):
+            counts[self.domains.index(cell.domain)] += num
         return {
             domain: {"realised": float(counts[i] / consumed), "scheduled": float(self.scheduled[step, i] / consumed)}
             for i, domain in enumerate(self.domains)
@@ -77,26 +86,32 @@ def plan_stage(config: TrainConfig, number: int, reader: CacheReader) -> StagePl
     _check_hidden(number, stage, reader)
     shares = {domain: share for domain, share in stage.shares.items() if has_share(share)}
     _check_domains(number, tuple(shares), reader)
+    cells = cells_of(reader, shares, stage)
     orders = tuple(
         DomainOrder(
-            [UnitRows(unit=commit.unit, num_rows=commit.num_rows.train) for commit in reader.units(domain)],
-            domain=domain,
+            cell.units,
+            domain=cell.domain,
             seed=config.seed,
             shard_window=config.shard_window,
+            group=None if cell.group is None else (stage.sampling_by, cell.group),
         )
-        for domain in shares
+        for cell in cells
     )
     num_rows = sum(order.num_rows for order in orders)
     num_steps = stage.max_steps or max(1, math.ceil(stage.epochs * num_rows / stage.batch_size))
     num_sequences = num_steps * stage.batch_size
+    driven = stage.sampling == "evaluation"
+    assigned = np.zeros(num_sequences, np.uint8) if driven else assign_domains(shares, num_sequences)
     return StagePlan(
         number=number,
         stage=stage,
         domains=tuple(shares),
+        cells=cells,
         orders=orders,
         num_steps=num_steps,
-        assigned=assign_domains(shares, num_sequences),
+        assigned=assigned,
         scheduled=_scheduled_counts(shares, num_steps, stage.batch_size),
+        sampler=Sampler(shares, cells, stage, assigned=assigned) if driven else None,
     )
 
 
@@ -157,9 +172,6 @@ def _refuse_unavailable(number: int, stage: StageConfig) -> None:
     weights = stage.weights
     unavailable = {
         f"stages.{number}.weights.attention": weights.attention > 0,
-        f"stages.{number}.weights.contrastive": weights.contrastive > 0,
-        f"stages.{number}.balance": stage.balance,
-        f"stages.{number}.sampling": stage.sampling != "uniform",
     }
     asked = [key for key, wanted in unavailable.items() if wanted]
     if asked:
@@ -167,21 +179,19 @@ def _refuse_unavailable(number: int, stage: StageConfig) -> None:
             f"{' and '.join(asked)}: not available in this version of distill. Leave "
             f"{'it' if len(asked) == 1 else 'them'} at the default."
         )
-    if not weights.kl + weights.ce + weights.feature > 0:
-        raise UsageError(
-            f"stages.{number}.weights: kl, ce and feature are all 0, so there is nothing to learn. Give one a weight."
-        )
+    if not any(weights.model_dump().values()):
+        raise UsageError(f"stages.{number}.weights are all 0, so there is nothing to learn. Give a loss a weight.")
 
 
 def _check_hidden(number: int, stage: StageConfig, reader: CacheReader) -> None:
     if reader.hidden_bytes:
         return
-    if stage.weights.feature > 0:
-        raise IdentityError(
-            f"stages.{number}.weights.feature is {stage.weights.feature:g}, but {reader.root} was made with "
-            "hidden_bytes 0 and holds no hidden states to compare with. Set the weight to 0, or make a cache with "
-            "--hidden-bytes 128."
-        )
+    for name, weight in (("feature", stage.weights.feature), ("contrastive", stage.weights.contrastive)):
+        if weight > 0:
+            raise IdentityError(
+                f"stages.{number}.weights.{name} is {weight:g}, but {reader.root} was made with hidden_bytes 0 and "
+                "holds no hidden states to compare with. Set the weight to 0, or make a cache with --hidden-bytes 128."
+            )
     if stage.weights.kl > 0 and stage.tail == "low_rank":
         raise IdentityError(
             f"stages.{number}.tail is low_rank, but {reader.root} was made with hidden_bytes 0 and cannot tell the "

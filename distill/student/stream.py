@@ -11,16 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distill.cache.reader import CacheReader
-from distill.student.batch import Example, example_of
+from distill.student.batch import Example, example_of, group_of
 from distill.student.order import DomainOrder, Window
 
-_Load = Callable[[Window], list[Example]]
+_Load = Callable[[DomainOrder, Window], list[Example]]
 
 
 class TrainStream:
     """Examples of a stage in their order, from any position; a context manager that owns the reading thread.
 
-    ``assigned[n]`` says which of ``orders`` supplies sequence n.
+    ``assigned[n]`` says which of ``orders`` supplies sequence n; it is looked at when step by step its turn comes.
     """
 
     def __init__(
@@ -49,10 +49,13 @@ class TrainStream:
         for start in range(position, len(self._assigned), batch_size):
             yield [next(walks[domain]) for domain in self._assigned[start : start + batch_size]]
 
-    def _load(self, window: Window) -> list[Example]:
+    def _load(self, order: DomainOrder, window: Window) -> list[Example]:
         examples: list[Example] = []
         for unit in window.units:
             rows = self._reader.sequences(self._commits[unit.unit], "train")
+            if order.group is not None:
+                key, value = order.group
+                rows = [row for row in rows if group_of(row.prompt.metadata, key) == value]
             examples += [example_of(row, self._max_length) for row in rows]
         return [examples[index] for index in window.order]
 
@@ -82,4 +85,4 @@ class _Walk:
 
     def _submit(self, position: int) -> tuple[Window, Future[list[Example]]]:
         window = self._order.window(position)
-        return window, self._pool.submit(self._load, window)
+        return window, self._pool.submit(self._load, self._order, window)

@@ -18,13 +18,13 @@ import torch
 from distill.cache.reader import CacheReader
 from distill.config import TrainConfig
 from distill.errors import CorruptionError, DataError, RetryError, UsageError
+from distill.interrupt import Interrupt
 from distill.progress import Ticker
 from distill.student import checkpoint
 from distill.student.batch import Example
-from distill.student.checkpoint import OPTIMIZER, Best, State
+from distill.student.checkpoint import OPTIMIZER, Best, Reweighting, State
 from distill.student.evaluate import Evaluator, held_out_examples
 from distill.student.figures import Evaluation
-from distill.student.interrupt import Interrupt
 from distill.student.learner import Learner, StepFigures, derived_seed
 from distill.student.metrics import Metrics
 from distill.student.model import Origin, load_student
@@ -32,6 +32,7 @@ from distill.student.objective import TeacherView
 from distill.student.origin import origin_of, origin_of_checkpoint, recorded_base
 from distill.student.precision import resolve_precision
 from distill.student.result import StageResult, write_config
+from distill.student.sampling import Sampler
 from distill.student.shrink import shrunken_student
 from distill.student.stage import StagePlan, plan_stage, refuse_other_settings, settings_of, stage_folder
 from distill.student.stream import TrainStream
@@ -97,12 +98,15 @@ class _Run:
         self._base = recorded_base(origin.base, Path(config.out)) if config.tune == "lora" else None
         self._learner = Learner(student, view, config, plan)
         if resumed is not None:
-            self._learner.restore(resumed, self._state.scaler)
+            self._learner.restore(resumed, self._state)
         else:
             self._learner.restore_adapter(start or stage_folder(config, plan.number - 1) / "best")
         served = [T for T in (plan.stage.temperature, 1.0) if T in self._reader.temperatures]
-        self._evaluator = Evaluator(student, view, config, temperatures=tuple(dict.fromkeys(served)))
+        self._evaluator = Evaluator(student, view, config, temperatures=tuple(dict.fromkeys(served)), stage=plan.stage)
         self._held_out = self._read_held_out()
+        if plan.sampler is not None:
+            for reweighting in self._state.sampling:
+                plan.sampler.apply(reweighting)
 
     def train(self) -> None:
         """Take the steps that are left."""
@@ -143,30 +147,51 @@ class _Run:
             "tokens": figures.num_tokens,
             "tokens_per_second": rate,
             "shares": self._plan.shares(self._state.step),
+            **({"weights": figures.weights} if self._plan.stage.balance else {}),
         }
 
     def _evaluate(self, metrics: Metrics) -> None:
         evaluation = self._evaluator(self._held_out, self._learner.adapter)
+        step, best = self._state.step, self._state.best
+        if evaluation is not None:
+            objective = evaluation.objective(self._plan.stage)
+            metrics.log("eval", step, {"time": time.time(), "objective": objective, **asdict(evaluation)})
+        if self._plan.sampler is not None and not self._state.finished:
+            self._reweigh(self._plan.sampler, evaluation, metrics)
         if evaluation is None:
             return
-        step, best = self._state.step, self._state.best
-        objective = evaluation.objective(self._plan.stage)
-        metrics.log("eval", step, {"time": time.time(), "objective": objective, **asdict(evaluation)})
         if step > 0 and (best is None or objective < best.objective):
             best = Best(step=step, objective=objective)
         self._state = self._state.model_copy(update={"evaluation": evaluation, "best": best})
 
+    def _reweigh(self, sampler: Sampler, evaluation: Evaluation | None, metrics: Metrics) -> None:
+        """Let an evaluation say which groups come more often from here on."""
+        former = self._state.sampling
+        weights = sampler.next_weights(evaluation, former)
+        reweighting = Reweighting(position=self._state.position, weights=weights)
+        sampler.apply(reweighting)
+        metrics.log("sampling", self._state.step, {"time": time.time(), "weights": weights})
+        self._state = self._state.model_copy(update={"sampling": (*former, reweighting)})
+
     def _save(self) -> None:
-        state = self._state.model_copy(update={"base": self._base, "scaler": self._learner.scaler_state()})
+        state = self._state.model_copy(
+            update={"base": self._base, "balance": self._learner.norms, "scaler": self._learner.scaler_state()}
+        )
         folder = checkpoint.step_folder(self._folder, state.step)
         complete = checkpoint.write_checkpoint(folder, state, lambda aside: self._learner.save(aside, self._tokenizer))
         _publish(self._folder, folder, complete)
         checkpoint.tidy(self._folder)
 
     def _read_held_out(self) -> dict[str, list[Example]]:
-        config, rows = self._config, self._plan.stage.eval_rows
+        config, stage = self._config, self._plan.stage
+        by_key = stage.sampling == "evaluation" and stage.sampling_by != "domain"
+        group_by = stage.sampling_by if by_key else None
         held_out = {
-            domain: list(held_out_examples(self._reader, domain, max_length=config.max_length, rows=rows))
+            domain: list(
+                held_out_examples(
+                    self._reader, domain, max_length=config.max_length, rows=stage.eval_rows, group_by=group_by
+                )
+            )
             for domain in self._plan.domains
         }
         empty = [domain for domain, examples in held_out.items() if not examples]

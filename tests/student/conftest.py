@@ -124,6 +124,11 @@ def targets_of(
     )
 
 
+def metadata_of(domain: str, row: int) -> dict[str, str]:
+    """Medical rows have a department, by runs of six, so that each has rows held out; general ones have none."""
+    return {"department": ("cardiology", "neurology")[row // 6 % 2]} if domain == "medical" else {}
+
+
 def build_cache(
     root: Path, teacher: Any, *, hidden_bytes: int = 24, temperatures: tuple[float, ...] = (4.0, 2.0, 1.0)
 ) -> Path:
@@ -168,6 +173,7 @@ def build_cache(
                     domain=unit.domain,
                     split="eval" if row % 6 == 5 else "train",
                     source=f"{unit.domain}.jsonl:{row}",
+                    metadata=metadata_of(unit.domain, row),
                     prompt="",
                     response="",
                     input_ids=ids[unit.domain][row].numpy().astype(np.int32),

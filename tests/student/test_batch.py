@@ -40,6 +40,7 @@ def test_each_trained_token_has_its_own_targets(world, sequences):
     rows = [with_length(sequence, length) for sequence, length in zip(sequences, lengths, strict=False)]
     projection = CacheReader.open(world.cache).projection
     batch = collate([example_of(row, 100) for row in rows], projection)
+    assert batch.sequence.tolist() == (batch.trained // batch.input_ids.shape[1]).tolist()
     expected = [(b, t) for b, row in enumerate(rows) for t in np.flatnonzero(row.prompt.loss_mask)]
     assert batch.num_trained == len(expected) == sum(row.prompt.loss_mask.sum() for row in rows)
     for n, (b, t) in enumerate(expected):
@@ -98,3 +99,12 @@ def test_micro_batches_hold_every_trained_example_once_within_the_budget(sequenc
         assert len(group) == 1 or len(group) * max(len(e.input_ids) for e in group) <= 36
     assert max(map(len, batches)) > 1
     assert [len(group) for group in micro_batches(examples, 2)] == [1] * 5
+
+
+def test_keys_are_equal_for_the_same_tokens_and_trained_positions_alone(sequences):
+    first, second = (example_of(sequence, 100) for sequence in sequences[:2])
+    shorter = example_of(sequences[0], 20)
+    untrained = dataclasses.replace(first, positions=first.positions[1:])
+    keys = [collate([example], None).keys.item() for example in (first, first, second, shorter, untrained)]
+    assert keys[0] == keys[1]
+    assert len(set(keys)) == 4

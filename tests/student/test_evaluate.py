@@ -68,10 +68,52 @@ def test_figures_equal_the_dense_reference(configured, world):
     assert overall.kl[1.0] == pytest.approx(np.mean([f.kl[1.0] for f in evaluation.domains.values()]))
 
 
+def test_agreement_and_calibration_equal_the_reference(configured, world):
+    """Top-5 as overlap of two sets, calibration as in Guo et al. 2017, from the model's own logits in float64."""
+    model = AutoModelForCausalLM.from_pretrained(world.student, dtype=torch.float32)
+    reader = CacheReader.open(world.cache)
+    overlap, confidence, correct = [], [], []
+    for commit in reader.units("general"):
+        for row in reader.sequences(commit, "eval"):
+            ids, mask = torch.from_numpy(row.prompt.input_ids.astype(np.int64)), row.prompt.loss_mask
+            with torch.no_grad():
+                p_NV = model(ids[None]).logits[0, :-1, :VOCAB].double()[mask].softmax(1).numpy()
+            for p_V, theirs_K in zip(p_NV, row.targets.topk_ids[mask], strict=True):
+                overlap.append(len(set(np.argsort(-p_V)[:5]) & set(theirs_K[:5])) / 5)
+            confidence += p_NV.max(1).tolist()
+            correct += (p_NV.argmax(1) == ids[1:].numpy()[mask]).tolist()
+    confidence, correct = np.array(confidence), np.array(correct)
+    bins = np.minimum((confidence * 15).astype(int), 14)
+    weighed = [
+        (bins == b).mean() * abs(confidence[bins == b].mean() - correct[bins == b].mean()) for b in np.unique(bins)
+    ]
+    figures = evaluate_model(configured()).domains["general"]
+    assert figures.top5_agreement == pytest.approx(np.mean(overlap))
+    assert figures.ece == pytest.approx(sum(weighed), rel=1e-4)
+
+
+def test_groups_are_told_apart_and_add_up(configured):
+    evaluation = evaluate_model(configured(), group_by="department")
+    assert list(evaluation.groups) == ["(none)", "cardiology", "neurology"]
+    departments = [evaluation.groups[name] for name in ("cardiology", "neurology")]
+    medical = evaluation.domains["medical"]
+    assert sum(figures.num_tokens for figures in departments) == medical.num_tokens
+    assert sum(f.ce * f.num_tokens for f in departments) / medical.num_tokens == pytest.approx(medical.ce)
+    assert departments[0].ce != departments[1].ce
+    assert evaluation.groups["(none)"].ce == pytest.approx(evaluation.domains["general"].ce)
+    assert evaluate_model(configured()).groups == {}
+
+
+def test_a_metadata_key_that_no_row_has_is_refused(configured):
+    with pytest.raises(UsageError, match="metadata key 'ward'"):
+        evaluate_model(configured(), group_by="ward")
+
+
 def test_the_teacher_itself_is_as_close_as_the_cache_allows(configured, world):
     """The floor of every student: rounding of the cached numbers, and quantisation of the tail's shape."""
     teacher, student = evaluate_model(configured(), world.teacher).overall, evaluate_model(configured()).overall
     assert teacher.top1_agreement == 1.0
+    assert teacher.top5_agreement == pytest.approx(1.0, abs=0.01)  # rounding may swap near equals
     assert abs(teacher.kl[1.0]) < 0.01
     assert student.kl[1.0] > 1
     assert abs(teacher.kl[4.0]) < 0.01

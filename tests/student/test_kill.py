@@ -21,7 +21,12 @@ from distill.student.trainer import train_stage
 
 STAGE = {
     "temperature": 2.0,
-    "weights": {"kl": 0.7, "ce": 0.3, "feature": 0.2},
+    "weights": {"kl": 0.7, "ce": 0.3, "feature": 0.2, "contrastive": 0.1},
+    "divergence": "js",
+    "balance": True,
+    "balance_every": 3,
+    "sampling": "evaluation",
+    "sampling_by": "department",
     "shares": {"general": {"schedule": "linear", "start": 0.7, "end": 0.3}, "medical": 0.5},
 }
 LORA = {"tune": "lora", "lora": {"r": 4, "dropout": 0.1, "target_modules": ["q_proj", "up_proj", "down_proj"]}}
@@ -54,8 +59,8 @@ def after(function: Callable, calls: int) -> Callable:
 
 # Where the kill strikes; the run has 8 steps and saves at 4 and 8, logging an evaluation before.
 CRASHES = {
-    "before the first checkpoint": lambda: setattr(Metrics, "log", after(Metrics.log, 3)),
-    "between two checkpoints": lambda: setattr(Metrics, "log", after(Metrics.log, 8)),
+    "before the first checkpoint": lambda: setattr(Metrics, "log", after(Metrics.log, 4)),
+    "between two checkpoints": lambda: setattr(Metrics, "log", after(Metrics.log, 10)),
     "while files of a checkpoint are written": lambda: setattr(learner, "save_file", after(learner.save_file, 3)),
     "before a checkpoint gets its name": lambda: setattr(
         checkpoint.storage, "write", after(checkpoint.storage.write, 5)
@@ -105,7 +110,8 @@ def assert_same(run, whole):
         weights = [file for file in ours.files if file.endswith(".safetensors")]
         assert weights
         assert [ours.files[file] for file in weights] == [theirs.files[file] for file in weights]
-        assert (ours.step, ours.best, ours.evaluation) == (theirs.step, theirs.best, theirs.evaluation)
+        for part in ("step", "best", "evaluation", "sampling", "balance"):
+            assert getattr(ours, part) == getattr(theirs, part)
 
 
 @pytest.mark.parametrize("tune", ["full", "lora"])
@@ -142,14 +148,14 @@ def test_a_killed_float16_run_goes_on_with_its_gradient_scale(configured, tmp_pa
 
 
 def test_a_run_killed_again_and_again_resumes_bitwise(configured, tmp_path, uninterrupted):
-    """Six kills, the first one step in, each two log lines further: with an evaluation every step none is in vain."""
+    """Six kills, each less than two steps further: with an evaluation and a checkpoint every step none is in vain."""
     torch.set_num_threads(1)
     config = configured(stage={**STAGE, "eval_every": 1})
     whole = uninterrupted(config, "every step")
     for _ in range(6):
 
         def strike():
-            Metrics.log = after(Metrics.log, 4)
+            Metrics.log = after(Metrics.log, 6)
             train_stage(config, 1, quiet=True)
 
         killed(strike)

@@ -20,9 +20,6 @@ def reader(world):
     ("stage", "named"),
     [
         ({"weights": {"kl": 1, "attention": 0.2}}, "stages.1.weights.attention"),
-        ({"weights": {"kl": 1, "contrastive": 0.1}}, "stages.1.weights.contrastive"),
-        ({"balance": True}, "stages.1.balance"),
-        ({"sampling": "evaluation"}, "stages.1.sampling"),
     ],
 )
 def test_what_this_version_cannot_do_is_said(configured, stage, named):
@@ -45,6 +42,7 @@ def test_a_temperature_that_the_cache_lacks_is_refused_before_a_model_loads(conf
     ("stage", "fix"),
     [
         ({"temperature": 2.0, "weights": {"kl": 0, "ce": 1, "feature": 0.2}}, "Set the weight to 0"),
+        ({"temperature": 2.0, "weights": {"kl": 0, "ce": 1, "contrastive": 0.2}}, r"contrastive is 0\.2"),
         ({"temperature": 2.0}, "stages.1.tail to bucket"),
     ],
 )

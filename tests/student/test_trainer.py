@@ -49,6 +49,16 @@ def test_kl_alone_brings_the_student_to_the_teacher(configured, run, tail):
     assert set(lines(run, "train")[0]["losses"]) == {"total", "kl"}
 
 
+@pytest.mark.parametrize("divergence", ["reverse", "js", "skew"])
+def test_every_divergence_alone_falls_and_chooses_the_best(configured, run, divergence):
+    stage = {**LONGER, "weights": {"kl": 1, "ce": 0}, "divergence": divergence}
+    result = train_stage(configured(stage=stage), 1, quiet=True)
+    evals = lines(run, "eval")
+    assert evals[-1]["objective"] < 0.5 * evals[0]["objective"]
+    assert result.objective == pytest.approx(4 * result.evaluation.overall.divergence)
+    assert result.objective == min(line["objective"] for line in evals[1:])
+
+
 def test_a_low_rank_tail_teaches_more_than_a_bucket_at_high_temperature(configured, tmp_path):
     final = {}
     for tail in ("low_rank", "bucket"):
@@ -80,14 +90,34 @@ def test_the_feature_loss_alone_falls_towards_its_floor(configured, run, world):
     assert 0 < floor < 0.05
 
 
+def test_the_contrastive_loss_alone_falls_and_chooses_the_best(configured, run):
+    stage = {**LONGER, "learning_rate": 3e-3, "weights": {"kl": 0, "ce": 0, "contrastive": 1}}
+    result = train_stage(configured(stage=stage), 1, quiet=True)
+    values = [line["overall"]["contrastive"] for line in lines(run, "eval")]
+    assert values[-1] < 0.6 * values[0]
+    assert result.objective == min(values[1:])
+    train = lines(run, "train")
+    assert set(train[0]["losses"]) == {"total", "contrastive"}
+    assert train[0]["losses"]["contrastive"] > math.log(8)  # eight candidates, at first no better than chance
+    assert sum(line["losses"]["contrastive"] for line in train[-5:]) / 5 < math.log(8) / 2
+    assert "feature.safetensors" in checkpoint.read_state(run / "stage1" / "best").files
+
+
+def test_one_sequence_has_nothing_to_contrast_with(configured, run):
+    stage = {"weights": {"kl": 0, "ce": 0, "contrastive": 1}, "batch_size": 1, "max_steps": 3}
+    train_stage(configured(stage=stage), 1, quiet=True)
+    assert [(line["losses"]["contrastive"], line["grad_norm"]) for line in lines(run, "train")] == [(0, 0)] * 3
+
+
 def test_losses_are_means_over_the_tokens_of_the_step_whatever_the_micro_batches(configured, tmp_path):
     """The first step's loss and gradient do not depend on how it was cut up."""
     first = []
     for tokens in (24, 4096):
-        config = configured(out=str(tmp_path / str(tokens)), micro_batch_tokens=tokens, stage={"max_steps": 1})
+        stage = {"max_steps": 1, "weights": {"kl": 0.7, "ce": 0.3, "feature": 0.2, "contrastive": 0.1}}
+        config = configured(out=str(tmp_path / str(tokens)), micro_batch_tokens=tokens, stage=stage)
         train_stage(config, 1, quiet=True)
         first.append(lines(tmp_path / str(tokens), "train")[0])
-    assert first[0]["losses"]["total"] == pytest.approx(first[1]["losses"]["total"], rel=1e-5)
+    assert first[0]["losses"] == pytest.approx(first[1]["losses"], rel=1e-5)
     assert first[0]["grad_norm"] == pytest.approx(first[1]["grad_norm"], rel=1e-4)
     assert first[0]["tokens"] == first[1]["tokens"] == 8 * 16
 
@@ -199,7 +229,9 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(configured, run):
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("tune", ["full", "lora"])
 def test_low_precision_trains_as_float32_does(configured, run, tmp_path, precision, tune):
-    stage = {"temperature": 2.0, "weights": {"kl": 0.7, "ce": 0.3, "feature": 0.2}}
+    # With contrast a step in float16 overflows and is rightly left out, so the curves part for a while.
+    contrastive = 0.1 if precision == "bf16" else 0.0
+    stage = {"temperature": 2.0, "weights": {"kl": 0.7, "ce": 0.3, "feature": 0.2, "contrastive": contrastive}}
     train_stage(configured(tune=tune, stage=stage, out=str(tmp_path / "fp32")), 1, quiet=True)
     train_stage(configured(tune=tune, stage=stage, precision=precision), 1, quiet=True)
     for low, high in zip(lines(run, "train"), lines(tmp_path / "fp32", "train"), strict=True):

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from distill.student.losses.ce import cross_entropy
-from distill.student.losses.kl import TeacherTargets, forward_kl, wide
+from distill.student.losses.divergence import FORWARD, Divergence
+from distill.student.losses.kl import TeacherTargets, wide
 from distill.student.losses.tail import TailModel
 
 
@@ -43,17 +44,18 @@ class Head:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadTargets:
-    """What KL and cross-entropy compare N tokens with. ``teacher.tail`` is low-rank where ``tail`` is given."""
+    """What KL and cross-entropy compare N tokens with, and how. The tail is low-rank where ``tail`` is given."""
 
     teacher: TeacherTargets
     labels: Tensor  # [N] int64
     coords: Tensor | None  # [N, R]
     tail: TailModel | None
+    divergence: Divergence = FORWARD
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadLosses:
-    """Sums over tokens. ``weighted`` carries the gradient; ``kl`` includes T²."""
+    """Sums over tokens. ``weighted`` carries the gradient; ``kl`` is the divergence asked for and includes T²."""
 
     weighted: Tensor
     kl: Tensor
@@ -66,7 +68,7 @@ def fused_head_losses(
     """``Σ_n (kl_weight T² KL_n + ce_weight CE_n)``, differentiable in hidden states and head.
 
     A loss of weight 0 is not computed and reported as 0; one of the weights must be above 0. The two terms are
-    ``forward_kl`` and ``cross_entropy``.
+    ``targets.divergence`` (KL by default) and ``cross_entropy``.
     """
     assert kl_weight > 0 or ce_weight > 0, "nothing to compute"
     work = _Work(
@@ -111,7 +113,8 @@ class _Work:
         zero = logits_NV.new_zeros(())
         kl, ce = zero, zero
         if self.kl_weight > 0:
-            kl = forward_kl(logits_NV, self.targets.teacher.rows(start, stop), self.tail_logits(start, stop)).sum()
+            teacher = self.targets.teacher.rows(start, stop)
+            kl = self.targets.divergence(logits_NV, teacher, self.tail_logits(start, stop)).sum()
         if self.ce_weight > 0:
             ce = cross_entropy(logits_NV, self.targets.labels[start:stop]).sum()
         return self.kl_weight * kl + self.ce_weight * ce, kl.detach(), ce.detach()

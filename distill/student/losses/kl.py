@@ -1,5 +1,7 @@
 """A teacher's cached targets and student logits flow in, KL(teacher || student) of each token flows out.
 
+The other divergences are in ``losses.divergence``.
+
 ``N`` trained tokens, ``K`` cached ids, ``V`` real vocabulary. Everything is computed in float32 (float64 stays
 float64) whatever the dtype of the logits.
 """
@@ -85,14 +87,21 @@ def _dense_kl(z_NV: Tensor, log_p_NV: Tensor) -> Tensor:
     return (p_NV * log_p_NV.sub_(z_NV)).sum(1) + p_NV.sum(1) * z_NV.logsumexp(1)
 
 
-def _bucket_kl(z_NV: Tensor, targets: TeacherTargets) -> Tensor:
-    log_p_NK = targets.topk_log_p.to(z_NV.dtype)
+def bucket_log_probs(z_NV: Tensor, targets: TeacherTargets) -> tuple[Tensor, Tensor | None]:
+    """``log q`` of the cached ids, [N, K], and of all others together, [N]; None where every id is cached."""
     lse_N = z_NV.logsumexp(1)
     log_q_NK = z_NV.gather(1, targets.topk_ids) - lse_N.unsqueeze(1)
-    kl_N = (log_p_NK.exp() * (log_p_NK - log_q_NK)).sum(1)
-    if log_p_NK.shape[1] == z_NV.shape[1]:
-        return kl_N  # no id is left for the tail
+    if log_q_NK.shape[1] == z_NV.shape[1]:
+        return log_q_NK, None
     # A sum over the uncached ids, since 1 - Σ q_cached cancels when little mass is left.
-    log_q_tail_N = z_NV.scatter(1, targets.topk_ids, -torch.inf).logsumexp(1) - lse_N
+    return log_q_NK, z_NV.scatter(1, targets.topk_ids, -torch.inf).logsumexp(1) - lse_N
+
+
+def _bucket_kl(z_NV: Tensor, targets: TeacherTargets) -> Tensor:
+    log_p_NK = targets.topk_log_p.to(z_NV.dtype)
+    log_q_NK, log_q_tail_N = bucket_log_probs(z_NV, targets)
+    kl_N = (log_p_NK.exp() * (log_p_NK - log_q_NK)).sum(1)
+    if log_q_tail_N is None:
+        return kl_N
     log_p_tail_N = targets.log_tail.to(z_NV.dtype)
     return kl_N + log_p_tail_N.exp() * (log_p_tail_N - log_q_tail_N)

@@ -1,0 +1,70 @@
+"""Protects the contrastive loss: value and gradient against float64, duplicates, a batch of one, always finite."""
+
+import pytest
+import torch
+
+from distill.student.losses.contrastive import Candidates, contrastive_loss, sequence_means
+
+
+def vectors(num, *, seed, rank=12):
+    return torch.randn(num, rank, generator=torch.Generator().manual_seed(seed))
+
+
+def dense(student_BR, teacher_MR, keys, rows, temperature):
+    """By the book, one sequence after the other, in float64."""
+    losses = []
+    for row in rows:
+        own = torch.cosine_similarity(student_BR[row], teacher_MR[row], dim=0) / temperature
+        others = [
+            torch.cosine_similarity(student_BR[row], teacher_MR[other], dim=0) / temperature
+            for other in range(len(keys))
+            if keys[other] != keys[row]
+        ]
+        losses.append(-(own.exp() / (own.exp() + sum(other.exp() for other in others))).log())
+    return torch.stack(losses)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 1.0])
+def test_value_and_gradient_equal_the_reference_with_duplicates_masked(temperature):
+    keys = torch.tensor([1, 2, 3, 2, 4])
+    teacher_MR = vectors(5, seed=1)
+    teacher_MR[3] = teacher_MR[1]
+    exact = vectors(5, seed=2).double().requires_grad_()
+    student = exact.detach().float().requires_grad_()
+    candidates = Candidates(vectors=teacher_MR, keys=keys)
+    rows = [0, 1, 3]  # a micro-batch of the step
+    got_B = contrastive_loss(student[rows], teacher_MR[rows], keys[rows], candidates, temperature=temperature)
+    want_B = dense(exact, teacher_MR.double(), keys.tolist(), rows, temperature)
+    torch.testing.assert_close(got_B.double(), want_B, rtol=1e-4, atol=1e-5)
+    got_B.sum().backward()
+    want_B.sum().backward()
+    torch.testing.assert_close(student.grad.double(), exact.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_a_batch_of_one_and_a_batch_of_duplicates_give_zero():
+    for num in (1, 4):
+        teacher_MR, keys = vectors(1, seed=1).expand(num, -1), torch.full((num,), 7)
+        student = vectors(num, seed=2).requires_grad_()
+        candidates = Candidates(vectors=teacher_MR, keys=keys)
+        losses_B = contrastive_loss(student, teacher_MR, keys, candidates, temperature=0.1)
+        losses_B.sum().backward()
+        assert (losses_B == 0).all()
+        assert (student.grad == 0).all()
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-20, 1e15])
+def test_finite_for_vectors_of_any_length(scale):
+    teacher_MR, keys = scale * vectors(3, seed=1), torch.arange(3)
+    student = (scale * vectors(3, seed=2)).requires_grad_()
+    candidates = Candidates(vectors=teacher_MR, keys=keys)
+    losses_B = contrastive_loss(student, teacher_MR, keys, candidates, temperature=0.05)
+    losses_B.sum().backward()
+    assert torch.isfinite(losses_B).all()
+    assert torch.isfinite(student.grad).all()
+
+
+def test_means_are_over_the_tokens_of_each_sequence():
+    values_NR = torch.arange(10.0).reshape(5, 2)
+    means_BR = sequence_means(values_NR.bfloat16(), torch.tensor([0, 0, 2, 2, 2]), 3)
+    assert means_BR.tolist() == [[1.0, 2.0], [0.0, 0.0], [6.0, 7.0]]
+    assert means_BR.dtype == torch.float32

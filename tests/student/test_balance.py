@@ -1,0 +1,94 @@
+"""Protects gradient balancing: measured norms are the true ones, weights follow the equation, a resume is exact."""
+
+import json
+import os
+import signal
+
+import pytest
+
+from distill.config import WeightsConfig
+from distill.errors import RetryError
+from distill.student import checkpoint
+from distill.student.balance import balanced, smoothed
+from distill.student.metrics import Metrics
+from distill.student.trainer import train_stage
+
+WEIGHTS = {"kl": 0.7, "ce": 0.3, "feature": 0.2, "contrastive": 0.1}
+BALANCED = {"balance": True, "balance_every": 3, "temperature": 2.0, "weights": WEIGHTS}
+LORA = {"tune": "lora", "lora": {"r": 4, "dropout": 0.0, "target_modules": ["q_proj", "up_proj", "down_proj"]}}
+
+
+def train_lines(run):
+    text = (run / "stage1" / "metrics.jsonl").read_text()
+    return [line for line in map(json.loads, text.splitlines()) if line["kind"] == "train"]
+
+
+def test_each_loss_gets_its_part_of_the_gradient_and_the_whole_stays():
+    norms = {"kl": 8.0, "ce": 2.0, "feature": 1.0, "contrastive": 4.0}
+    weights = balanced(WeightsConfig(**WEIGHTS), norms).model_dump()
+    parts = {name: weights[name] * norm for name, norm in norms.items()}
+    assert sum(parts.values()) == pytest.approx(0.7 * 8 + 0.3 * 2 + 0.2 + 0.4)
+    assert [parts[name] / sum(parts.values()) for name in WEIGHTS] == pytest.approx([w / 1.3 for w in WEIGHTS.values()])
+    assert weights["attention"] == 0
+
+
+def test_weights_stay_within_bounds_and_as_given_where_nothing_is_known():
+    given = WeightsConfig(**WEIGHTS)
+    weights = balanced(given, {"kl": 1.0, "ce": 1e-9, "feature": 0.0, "contrastive": 1.0})
+    assert weights.ce == pytest.approx(3.0)
+    assert weights.feature == pytest.approx(2.0)
+    assert balanced(given, None) == given
+    assert balanced(given, dict.fromkeys(WEIGHTS, 0.0)) == given
+
+
+def test_norms_are_smoothed_and_an_overflow_is_left_out():
+    assert smoothed(None, {"kl": 4.0}) == {"kl": 4.0}
+    assert smoothed({"kl": 4.0}, {"kl": 14.0}) == {"kl": pytest.approx(7.0)}
+    assert smoothed({"kl": 4.0}, {"kl": float("inf")}) == {"kl": 4.0}
+    assert smoothed(None, {"kl": float("nan")}) is None
+
+
+@pytest.mark.parametrize("changes", [{}, {"micro_batch_tokens": 4096}, {"gradient_checkpointing": True}])
+def test_measured_norms_are_those_of_training_on_one_loss_alone(configured, tmp_path, changes):
+    single = {}
+    for name in ("kl", "ce"):
+        stage = {"temperature": 2.0, "max_steps": 1, "weights": {"kl": 0, "ce": 0, name: 1}}
+        train_stage(configured(stage=stage, out=str(tmp_path / name), **LORA), 1, quiet=True)
+        single[name] = train_lines(tmp_path / name)[0]["grad_norm"]
+    stage = {**BALANCED, "max_steps": 1, "weights": {"kl": 0.7, "ce": 0.3}}
+    train_stage(configured(stage=stage, **LORA, **changes), 1, quiet=True)
+    assert checkpoint.read_state(tmp_path / "run" / "stage1" / "last").balance == pytest.approx(single, rel=1e-3)
+
+
+@pytest.mark.parametrize("tune", [LORA, {"tune": "full"}, {**LORA, "precision": "fp16"}], ids=["lora", "full", "fp16"])
+def test_a_stopped_run_goes_on_with_the_same_weights(configured, tmp_path, monkeypatch, tune):
+    whole, parted = tmp_path / "whole", tmp_path / "run"
+    train_stage(configured(stage=BALANCED, out=str(whole), **tune), 1, quiet=True)
+    log = Metrics.log
+
+    def with_signal(self, kind, step, values):
+        log(self, kind, step, values)
+        if (kind, step) == ("train", 5):  # measured before the steps 1, 4 and 7
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Metrics, "log", with_signal)
+    with pytest.raises(RetryError):
+        train_stage(configured(stage=BALANCED, **tune), 1, quiet=True)
+    monkeypatch.undo()
+    train_stage(configured(stage=BALANCED, **tune), 1, quiet=True)
+    ours, theirs = ([(line["losses"], line["weights"]) for line in train_lines(run)] for run in (parted, whole))
+    assert ours == theirs
+    weights = [list(line["weights"].values()) for line in train_lines(whole)]
+    assert weights[0] == weights[1] == weights[2] != weights[3]
+    assert set(train_lines(whole)[0]["weights"]) == set(WEIGHTS)
+    assert weights[0] != list(WEIGHTS.values())
+
+
+def test_measuring_changes_neither_dropout_nor_order(configured, tmp_path):
+    """With one loss its weight stays what it was, so a balanced run is bitwise the plain one."""
+    lora = {"tune": "lora", "lora": {"r": 4, "dropout": 0.1, "target_modules": ["q_proj", "up_proj"]}}
+    stage = {"weights": {"kl": 1, "ce": 0}}
+    train_stage(configured(stage=stage, out=str(tmp_path / "plain"), **lora), 1, quiet=True)
+    train_stage(configured(stage={**stage, "balance": True, "balance_every": 2}, **lora), 1, quiet=True)
+    ours, plain = ([line["losses"] for line in train_lines(tmp_path / name)] for name in ("run", "plain"))
+    assert ours == plain
