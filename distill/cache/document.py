@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from distill.cache import storage
 from distill.errors import CorruptionError
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -28,7 +29,7 @@ def render(record: BaseModel) -> bytes:
     return body + _SEAM + hashlib.sha256(body).hexdigest().encode() + _END
 
 
-def parse(model: type[Model], data: bytes, *, path: Path, fix: str) -> Model:
+def parse(model: type[Model], data: bytes, *, path: Path | str, fix: str) -> Model:
     """The record in ``data``. Raises CorruptionError that names ``path`` and says ``fix``."""
     body, seam, rest = data.rpartition(_SEAM)
     if not seam or rest != hashlib.sha256(body).hexdigest().encode() + _END:
@@ -39,3 +40,8 @@ def parse(model: type[Model], data: bytes, *, path: Path, fix: str) -> Model:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise CorruptionError(f"{path} is not a {model.__name__.lower()}: '{where}': {first['msg']}. {fix}") from error
+
+
+def load(model: type[Model], root: storage.Root, name: str, *, fix: str) -> Model:
+    """The record ``name`` of a cache. Raises FileNotFoundError where there is none, and as ``parse`` does."""
+    return parse(model, storage.read(storage.inside(root, name)), path=f"{root}/{name}", fix=fix)

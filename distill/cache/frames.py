@@ -24,11 +24,11 @@ def open_frame(path: str | Path, *, columns: list[str] | None = None) -> "pd.Dat
     ``input_ids[t + 1]``. ``columns`` reads a few of them only, which is quicker.
 
     Raises DataError when there is no cache, CorruptionError when a shard is not what was committed, UsageError for a
-    URL.
+    URL that is not S3's, StorageError or RetryError when S3 refuses.
     """
-    path = storage.local_root(path)
-    if path.is_file():
-        tables = [_read_shard(path, columns)]
+    root = storage.root_of(path)
+    if isinstance(root, Path) and root.is_file():
+        tables = [_read_shard(root, columns)]
     else:
         reader = CacheReader.open(path, allow_incomplete=True)
         tables = [reader.read_unit(commit, columns=columns) for commit in reader.commits]

@@ -64,9 +64,10 @@ def _pages(data: memoryview, chunk: Any) -> Iterator[tuple[int, int, int]]:
             kind = header[_TYPE]
             count, num_bytes = header[_HEADER_OF[kind]][_NUM_VALUES], header[_UNCOMPRESSED]
             position += header[_COMPRESSED]
+            negative = min(count, num_bytes, header[_COMPRESSED]) < 0  # a TypeError where one is no number
         except (KeyError, IndexError, TypeError) as error:
             raise MalformedError(f"column {chunk.path_in_schema} has a page of an unknown kind") from error
-        if count < 0 or num_bytes < 0 or header[_COMPRESSED] < 0:
+        if negative:
             raise MalformedError(f"column {chunk.path_in_schema} has a page of negative size")
         yield kind, count, num_bytes
     if position != end:

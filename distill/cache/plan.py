@@ -1,6 +1,7 @@
 """What a cache says about itself: identity, provenance, plan, commit records and manifest flow between JSON and models.
 
     plan.json  (identity, sources, units)  ->  commits/<unit>.json  (one for each shard)  ->  manifest.json  (all of it)
+                                               repairs/<number>.json  (units to be made again)
 
 ``schemas/`` holds the JSON Schema of each, pinned to these models by a test.
 """
@@ -15,6 +16,7 @@ from distill.records import Split
 FORMAT = "distill-cache"
 SCHEMA_VERSION = 1
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+UnitName = Annotated[str, Field(pattern=r"^[0-9]{5,}$")]
 
 
 class _Model(BaseModel):
@@ -124,7 +126,7 @@ class Commit(_Model):
     schema_version: Literal[1] = 1
     unit: str = Field(pattern=r"^[0-9]{5,}$")
     domain: str
-    generation: Literal[1] = 1
+    generation: int = Field(1, ge=1, description="above 1: made for the repair of that number")
     nonce: str = Field(pattern=r"^[0-9a-f]{16}$", description="names the writer's files")
     shard: str = Field(description="path below the cache's folder")
     sha256: Sha256
@@ -138,6 +140,15 @@ class Commit(_Model):
     rejects: str | None = Field(description="path below the cache's folder; null: none")
     rejects_sha256: Sha256 | None
     projection_sha256: Sha256 | None = Field(description="null: the cache keeps no hidden states")
+
+
+class Repair(_Model):
+    """``repairs/<generation>.json``: asks for units, and the manifest, to be made again."""
+
+    format: Literal["distill-cache"] = "distill-cache"
+    schema_version: Literal[1] = 1
+    generation: int = Field(ge=2, description="of the commits and the manifest that answer it")
+    units: dict[UnitName, str] = Field(description="unit -> what is wrong with it")
 
 
 class Totals(_Model):

@@ -1,4 +1,4 @@
-"""A cache folder flows in, verified Arrow tables and ``SequenceTargets`` flow out.
+"""A cache, a folder or in a bucket, flows in, verified Arrow tables and ``SequenceTargets`` flow out.
 
 A shard's SHA-256 is checked once for each reader, the checksum of every page at each read. Nothing is read that a
 commit record does not name, nothing outside the folder, and no more than the record declares.
@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distill.cache import document, storage
+from distill.cache import document, generations, storage
 from distill.cache.codec import decode
 from distill.cache.identity import file_hash
 from distill.cache.plan import Commit, Identity, Manifest, Plan, Recorded, Source
@@ -24,8 +24,12 @@ from distill.errors import CorruptionError, DataError, IdentityError, StorageErr
 from distill.records import SequenceTargets, Split
 
 _REPAIR = (
-    "Restore the file from a copy; or delete manifest.json and the unit's commits/ record, and run the same "
-    "`distill cache-teacher` command again."
+    "Restore the file from a copy; or run `distill verify --repair` on the cache and then the same "
+    "`distill cache-teacher` command again, which makes this unit anew."
+)
+_REMAKE = (
+    "Restore it from a copy; or run `distill verify --repair` on the cache and then the same `distill cache-teacher` "
+    "command again, which seals it anew."
 )
 _RESTORE = "Restore it from a copy."
 
@@ -33,7 +37,9 @@ _RESTORE = "Restore it from a copy."
 class CacheReader:
     """Reads the cache at ``root``; see ``CacheReader.open``. Picklable: a copy checks every shard anew."""
 
-    def __init__(self, root: Path, description: Plan | Manifest, commits: tuple[Commit, ...], *, sealed: bool) -> None:
+    def __init__(
+        self, root: storage.Root, description: Plan | Manifest, commits: tuple[Commit, ...], *, sealed: bool
+    ) -> None:
         self.root = root
         self.identity: Identity = description.identity
         self.recorded: Recorded = description.recorded
@@ -49,14 +55,14 @@ class CacheReader:
         """The cache at ``path``; with ``allow_incomplete``, whatever units of it are committed.
 
         Raises DataError when there is no cache, or an incomplete one that is not allowed; CorruptionError when its
-        records are damaged; UsageError for a URL.
+        records are damaged; UsageError for a URL that is not S3's, StorageError or RetryError when S3 refuses.
         """
-        root = storage.local_root(path)
-        manifest_path = storage.inside(root, "manifest.json")
+        root = storage.root_of(path)
+        generation = generations.current(root)
         try:
-            manifest = document.parse(Manifest, storage.read(manifest_path), path=manifest_path, fix=_RESTORE)
+            manifest = document.load(Manifest, root, generation.manifest_name, fix=_REMAKE)
         except FileNotFoundError:
-            return _open_unsealed(root, allow_incomplete=allow_incomplete)
+            return _open_unsealed(root, generation, allow_incomplete=allow_incomplete)
         return CacheReader(root, manifest, manifest.commits, sealed=True)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -85,7 +91,7 @@ class CacheReader:
     @property
     def teacher_dir(self) -> Path:
         """Folder of the teacher's tokenizer and configuration."""
-        return self.root / "teacher"
+        return storage.folder(self.root, "teacher")
 
     @property
     def projection(self) -> Projection | None:
@@ -98,9 +104,12 @@ class CacheReader:
             try:
                 data = storage.read(path)
             except FileNotFoundError as error:
-                raise CorruptionError(f"{path} is missing. {_RESTORE}") from error
+                raise CorruptionError(f"{self.root}/projection.safetensors is missing. {_RESTORE}") from error
             if {commit.projection_sha256 for commit in self.commits} - {hashlib.sha256(data).hexdigest()}:
-                raise CorruptionError(f"{path} is not the projection that the units were made with. {_RESTORE}")
+                raise CorruptionError(
+                    f"{self.root}/projection.safetensors is not the projection that the units were made with. "
+                    f"{_RESTORE}"
+                )
             self._projection = Projection.from_bytes(data)
         return self._projection
 
@@ -144,7 +153,7 @@ class CacheReader:
         return decode(self._read(commit, columns=None, split=split), self.layout)
 
     def _read(self, commit: Commit, *, columns: list[str] | None, split: Split | None) -> pa.Table:
-        path = storage.inside(self.root, commit.shard)
+        path, where = storage.inside(self.root, commit.shard), f"{self.root}/{commit.shard}"
         try:
             footer = self._verified_footer(commit, path)
             groups = groups_of(footer, num_train=commit.num_rows.train, split=split)
@@ -152,8 +161,8 @@ class CacheReader:
                 return file.read_row_groups(groups, columns=columns, use_threads=False)
         except (OSError, pa.ArrowException) as error:
             if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT, errno.ENOTDIR):
-                raise StorageError(f"unit {commit.unit}: cannot read {path}: {error.strerror}.") from error
-            raise CorruptionError(f"unit {commit.unit}: {path} cannot be read: {error}. {_REPAIR}") from error
+                raise StorageError(f"unit {commit.unit}: cannot read {where}: {error.strerror}.") from error
+            raise CorruptionError(f"unit {commit.unit}: {where} cannot be read: {error}. {_REPAIR}") from error
 
     def _verified_footer(self, commit: Commit, path: Path) -> pq.FileMetaData:
         """The shard's footer, after its size, SHA-256, columns and memory bounds proved right: once for each reader."""
@@ -162,7 +171,8 @@ class CacheReader:
             footer, problem = self._examine(commit, path)
             if footer is None or problem:
                 raise CorruptionError(
-                    f"unit {commit.unit}: {path} is not the file that was committed: {problem}. {_REPAIR}"
+                    f"unit {commit.unit}: {self.root}/{commit.shard} is not the file that was committed: {problem}. "
+                    f"{_REPAIR}"
                 )
             self._footers[commit.shard] = footer
         return footer
@@ -179,10 +189,9 @@ class CacheReader:
             return file.metadata, bounds_problem(path, file.metadata, commit, self.layout)
 
 
-def _open_unsealed(root: Path, *, allow_incomplete: bool) -> CacheReader:
-    path = storage.inside(root, "plan.json")
+def _open_unsealed(root: storage.Root, generation: generations.Generations, *, allow_incomplete: bool) -> CacheReader:
     try:
-        plan = document.parse(Plan, storage.read(path), path=path, fix=_RESTORE)
+        plan = document.load(Plan, root, "plan.json", fix=_RESTORE)
     except FileNotFoundError:
         raise DataError(
             f"no cache at {root}: it has no plan.json. Make one with `distill cache-teacher --out {root} …`, or "
@@ -190,15 +199,14 @@ def _open_unsealed(root: Path, *, allow_incomplete: bool) -> CacheReader:
         ) from None
     commits = []
     for unit in plan.units:
-        commit_path = storage.inside(root, f"commits/{unit.unit}.json")
         try:
-            commits.append(document.parse(Commit, storage.read(commit_path), path=commit_path, fix=_REPAIR))
+            commits.append(document.load(Commit, root, generation.commit_name(unit.unit), fix=_REPAIR))
         except FileNotFoundError:
             continue
     if not allow_incomplete:
         raise DataError(
             f"{root} is incomplete: {len(commits)} of {len(plan.units)} units are committed"
-            f"{' but manifest.json is missing' if len(commits) == len(plan.units) else ''}. Run the same "
+            f"{f' but {generation.manifest_name} is missing' if len(commits) == len(plan.units) else ''}. Run the same "
             "`distill cache-teacher` command again to finish, or pass --allow-incomplete to use what is there."
         )
     return CacheReader(root, plan, tuple(commits), sealed=False)

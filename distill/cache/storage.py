@@ -1,5 +1,8 @@
 """Bytes and names flow in, files that survive a power cut flow out; a name never leads out of the cache's folder.
 
+A cache's root is a local folder or a ``Bucket``. ``root_of`` tells which; ``inside``, ``create``, ``put``, ``delete``,
+``read_back``, ``names`` and ``folder`` work on either, and everything else on local files.
+
 Nothing is ever visible half: content goes to a temporary file, is synced, and only then gets its name. ``create_once``
 gives the name with ``os.link``, which fails when the name exists, so that of many writers exactly one wins.
 """
@@ -12,28 +15,46 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from distill.cache.bucket import Bucket
 from distill.errors import CorruptionError, StorageError, UsageError
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
+# pathlib folds the two slashes of a URL into one
+_URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/{1,2}(?P<rest>.*)")
+Root = Path | Bucket
 TEMPORARY = ".partial"  # suffix of a file that is being written
 
 
-def local_root(path: str | Path) -> Path:
-    """The folder of a cache. Raises UsageError for a URL: caches live on local or mounted disks."""
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", str(path)):
+def root_of(path: str | Path) -> Root:
+    """The root of a cache: a folder, or a bucket for ``s3://bucket/prefix``. Raises UsageError for other URLs."""
+    url = _URL.match(str(path))
+    if url is None:
+        return Path(path)
+    if url["scheme"].lower() != "s3":
         raise UsageError(
-            f"{path} is a URL, and a cache is a local folder for now. Name a local path, or mount the store and name "
-            "the mounted folder."
+            f"{path} is a URL of a kind that caches do not lie at. Name a local path or s3://bucket/prefix, or mount "
+            "the store and name the mounted folder."
         )
-    return Path(path)
+    if not re.match(r"[A-Za-z0-9]", url["rest"]):
+        raise UsageError(f"{path} names no bucket. Write s3://bucket/prefix.")
+    return Bucket(url["rest"])
 
 
-def inside(root: Path, name: str) -> Path:
-    """The path of ``name`` below ``root``.
+def local_root(path: str | Path) -> Path:
+    """A local folder. Raises UsageError for a URL."""
+    root = root_of(path)
+    if isinstance(root, Bucket):
+        raise UsageError(f"{path} is a URL, and a local folder is needed here. Name a local path.")
+    return root
+
+
+def inside(root: Root, name: str) -> Path:
+    """The path of ``name`` below ``root``; of a bucket, of a local copy, if there is such an object.
 
     Raises CorruptionError when the name could lead elsewhere: absolute, with "..", a URL, or through a symbolic link.
     """
@@ -42,6 +63,8 @@ def inside(root: Path, name: str) -> Path:
             f"{root} names the file '{name}', which may lie outside its folder. A cache never does: do not use it, and "
             "ask for a clean copy."
         )
+    if isinstance(root, Bucket):
+        return root.fetch(name)
     path = root
     for part in name.split("/"):
         path = path / part
@@ -50,6 +73,57 @@ def inside(root: Path, name: str) -> Path:
                 f"{path} is a symbolic link. The files of a cache lie in its own folder: replace the link by the file."
             )
     return path
+
+
+def create(root: Root, name: str, data: bytes) -> bool:
+    """Create the file ``name``. False, and nothing changed, when somebody else has."""
+    return root.create_once(name, data) if isinstance(root, Bucket) else create_once(inside(root, name), data)
+
+
+def put(root: Root, name: str, fill: Callable[[BinaryIO], object], *, need: int) -> str:
+    """As ``write``: a file whose name nobody else uses, or a replacement. Returns the SHA-256 of what was sent."""
+    if not isinstance(root, Bucket):
+        return write(inside(root, name), fill, need=need)
+    with tempfile.TemporaryDirectory(prefix="distill-") as scratch:
+        path = Path(scratch) / "content"
+        sha256 = write(path, fill, need=need)
+        try:
+            root.upload(name, path)
+        except FileNotFoundError as error:
+            raise StorageError(
+                f"{root}/{name} cannot be written: {error}. Make the bucket, or change --out."
+            ) from error
+        return sha256
+
+
+@contextlib.contextmanager
+def read_back(root: Root, name: str) -> Iterator[Path]:
+    """A path to read what ``put`` left, from the store itself. Raises FileNotFoundError when it is gone."""
+    if isinstance(root, Bucket):
+        with root.read_back(name) as path:
+            yield path
+    else:
+        yield inside(root, name)
+
+
+def delete(root: Root, name: str) -> None:
+    """Delete a file that may be gone already."""
+    if isinstance(root, Bucket):
+        root.remove(name)
+    else:
+        remove(root / name)  # names of temporary files begin with a dot
+
+
+def names(root: Root, folder: str) -> list[str]:
+    """Names of all files below a folder of a cache, sorted."""
+    if isinstance(root, Bucket):
+        return root.names(folder)
+    return sorted(path.relative_to(root).as_posix() for path in (root / folder).rglob("*") if path.is_file())
+
+
+def folder(root: Root, name: str) -> Path:
+    """A local folder with all files of a folder of a cache."""
+    return root.local_folder(name) if isinstance(root, Bucket) else root / name
 
 
 def read(path: Path) -> bytes:
@@ -106,11 +180,14 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def require_writable(folder: Path) -> None:
-    """Raise StorageError early where nothing could be written later: a read-only mount, a folder of someone else."""
-    if not os.access(folder, os.W_OK):
+def require_writable(root: Root) -> None:
+    """Raise StorageError early where nothing could be written later: a read-only mount, a folder of someone else.
+
+    A bucket tells only when it is written to.
+    """
+    if isinstance(root, Path) and not os.access(root, os.W_OK):
         raise StorageError(
-            f"{folder} cannot be written: it is read-only for you. Give yourself the right to write there, mount it "
+            f"{root} cannot be written: it is read-only for you. Give yourself the right to write there, mount it "
             "for writing, or change --out."
         )
 

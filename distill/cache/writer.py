@@ -1,7 +1,7 @@
 """A plan and, unit by unit, the teacher's rows flow in; committed shards and, when all are in, a manifest flow out.
 
     plan.json -> projection.safetensors -> shards/<unit>-<nonce>.parquet -> rejects/<unit>-<nonce>.jsonl
-              -> commits/<unit>.json -> manifest.json
+              -> commits/<unit>.json -> manifest.json      (both numbered after a repair, see generations.py)
 
 Any number of writers may work on one cache at the same time, on any machines that share the disk. The commit record is
 created once: the first writer of a unit wins, a later one deletes its own files. A unit without a record does not
@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from distill.cache import document, storage
+from distill.cache import document, generations, storage
 from distill.cache.card import render_card
+from distill.cache.generations import Generations
 from distill.cache.identity import data_differences, differences, file_hash
 from distill.cache.plan import Commit, Counts, Manifest, Plan, Unit, total
 from distill.cache.projection import Projection
@@ -28,13 +29,17 @@ from distill.errors import CorruptionError, IdentityError, StorageError, UsageEr
 from distill.records import Reject, SequenceTargets
 
 _BAD_SHARE = 0.001  # of a unit's rows; more insane ones than this, and at least two, stop the job
-_DAMAGED = "Restore it from a copy; or delete it and run the same `distill cache-teacher` command again."
+_RESTORE = "Restore it from a copy, or make the cache anew under another --out."
+_REPAIR = (
+    "Restore it from a copy; or run `distill verify --repair` on the cache, then the same `distill cache-teacher` "
+    "command again."
+)
 
 
 class CacheWriter:
     """Adds units to the cache at ``root``; see ``CacheWriter.open``."""
 
-    def __init__(self, root: Path, plan: Plan) -> None:
+    def __init__(self, root: storage.Root, plan: Plan) -> None:
         self.root = root
         self.plan = plan
         self._known_projection: _KnownProjection | None = None
@@ -45,25 +50,23 @@ class CacheWriter:
 
         ``recorded`` and the paths of sources may differ from those of the existing plan, which stays. Raises
         IdentityError when identity or data differ, StorageError when the folder cannot be written, UsageError for a
-        URL.
+        URL that is not S3's, RetryError when S3 is unreachable.
         """
-        folder = storage.local_root(root)
-        path = folder / "plan.json"
-        if not path.exists() and storage.create_once(path, document.render(plan)):
-            return CacheWriter(folder, plan)
-        existing = document.parse(Plan, storage.read(path), path=path, fix=_DAMAGED)
-        _refuse_other(folder, existing, plan)
-        storage.require_writable(folder)
-        return CacheWriter(folder, existing)
+        home = storage.root_of(root)
+        if not storage.inside(home, "plan.json").exists() and storage.create(home, "plan.json", document.render(plan)):
+            return CacheWriter(home, plan)
+        existing = document.load(Plan, home, "plan.json", fix=_RESTORE)
+        _refuse_other(home, existing, plan)
+        storage.require_writable(home)
+        return CacheWriter(home, existing)
 
     def missing_units(self) -> list[Unit]:
-        """Units of the plan that have no commit record yet."""
-        return [unit for unit in self.plan.units if not self._commit_path(unit).exists()]
+        """Units of the plan that have no commit record yet, or whose record a repair has outdated."""
+        return self._missing(generations.current(self.root))
 
     def put_once(self, name: str, data: bytes) -> bytes:
         """Keep ``data`` as the file ``name`` unless there is one already; returns what the cache holds now."""
-        path = storage.inside(self.root, name)
-        return data if storage.create_once(path, data) else storage.read(path)
+        return data if storage.create(self.root, name, data) else storage.read(storage.inside(self.root, name))
 
     def commit(
         self, unit: Unit, rows: Sequence[SequenceTargets], *, rejects: Sequence[Reject], num_input_rows: int
@@ -78,28 +81,30 @@ class CacheWriter:
         all_rejects = [*rejects, *insane]
         self._check_accounts(unit, num_rows=len(sane), num_rejects=len(all_rejects), num_input_rows=num_input_rows)
         ordered = [row for split in ("train", "eval") for row in sane if row.prompt.split == split]
+        generation = generations.current(self.root)
         try:
-            commit = self._write_files(unit, ordered, all_rejects)
+            commit = self._write_files(unit, ordered, all_rejects, generation=generation.of(unit.unit))
         except StorageError:
             # Sealing sweeps files that no commit names. Every unit is in by then, so this one has a winner.
-            if self._commit_path(unit).exists():
-                return self._committed(unit)
+            if self._exists(unit, generation):
+                return self._committed(unit, generation)
             raise
-        if storage.create_once(self._commit_path(unit), document.render(commit)):
+        if storage.create(self.root, generation.commit_name(unit.unit), document.render(commit)):
             return commit
         for name in (commit.shard, commit.rejects):
             if name:
-                storage.remove(self.root / name)
-        return self._committed(unit)
+                storage.delete(self.root, name)
+        return self._committed(unit, generation)
 
     def seal(self) -> Manifest | None:
         """Write the manifest and sweep away files of lost races and killed writers; None while units are missing.
 
         Raises CorruptionError when there is a manifest already and the commits have changed since.
         """
-        if self.missing_units():
+        generation = generations.current(self.root)
+        if self._missing(generation):
             return None
-        commits = tuple(self._committed(unit) for unit in self.plan.units)
+        commits = tuple(self._committed(unit, generation) for unit in self.plan.units)
         manifest = Manifest(
             identity=self.plan.identity,
             recorded=self.plan.recorded,
@@ -110,26 +115,28 @@ class CacheWriter:
             commits=commits,
             totals=total(commits),
         )
-        self._sweep(commits)
+        self._sweep(commits, generation)
         card = render_card(manifest).encode()
-        storage.write(self.root / "README.md", lambda file: file.write(card), need=len(card))
-        path = self.root / "manifest.json"
-        if storage.create_once(path, document.render(manifest)):
+        storage.put(self.root, "README.md", lambda file: file.write(card), need=len(card))
+        name = generation.manifest_name
+        if storage.create(self.root, name, document.render(manifest)):
             return manifest
-        existing = document.parse(Manifest, storage.read(path), path=path, fix=_DAMAGED)
+        existing = document.load(Manifest, self.root, name, fix=_REPAIR)
         if existing.commits != commits:
             raise CorruptionError(
-                f"{path} does not agree with the commit records: units were made again since it was written. Delete it "
-                "and run the same command again."
+                f"{self.root}/{name} does not agree with the commit records: units were made again since it was "
+                "written. Run `distill verify --repair` on the cache, then the same command again."
             )
         return existing
 
-    def _commit_path(self, unit: Unit) -> Path:
-        return self.root / "commits" / f"{unit.unit}.json"
+    def _missing(self, generation: Generations) -> list[Unit]:
+        return [unit for unit in self.plan.units if not self._exists(unit, generation)]
 
-    def _committed(self, unit: Unit) -> Commit:
-        path = self._commit_path(unit)
-        return document.parse(Commit, storage.read(path), path=path, fix=_DAMAGED)
+    def _exists(self, unit: Unit, generation: Generations) -> bool:
+        return storage.inside(self.root, generation.commit_name(unit.unit)).exists()
+
+    def _committed(self, unit: Unit, generation: Generations) -> Commit:
+        return document.load(Commit, self.root, generation.commit_name(unit.unit), fix=_REPAIR)
 
     def _projection(self) -> "_KnownProjection":
         """Read once: the projection is created before the first commit and never changes."""
@@ -168,21 +175,24 @@ class CacheWriter:
                 "the data file if it changed since the plan was made, then run the same command again."
             )
 
-    def _write_files(self, unit: Unit, rows: Sequence[SequenceTargets], rejects: Sequence[Reject]) -> Commit:
+    def _write_files(
+        self, unit: Unit, rows: Sequence[SequenceTargets], rejects: Sequence[Reject], *, generation: int
+    ) -> Commit:
         """The shard and the rejects, on disk and read back, and the record that would make them visible."""
         nonce = secrets.token_hex(8)
-        shard = f"shards/{unit.unit}-{nonce}.parquet"
+        stem = generations.shard_stem(unit.unit, generation, nonce)
+        shard = f"shards/{stem}.parquet"
         written = self._write_shard(shard, unit, rows)
         rejects_file = rejects_sha256 = None
         if rejects:
-            rejects_file = f"rejects/{unit.unit}-{nonce}.jsonl"
+            rejects_file = f"rejects/{stem}.jsonl"
             lines = "".join(_reject_line(reject) for reject in rejects).encode("utf-8", "replace")
-            path = storage.inside(self.root, rejects_file)
-            rejects_sha256 = storage.write(path, lambda file: file.write(lines), need=len(lines))
+            rejects_sha256 = storage.put(self.root, rejects_file, lambda file: file.write(lines), need=len(lines))
         counts = _counts(rows)
         return Commit(
             unit=unit.unit,
             domain=unit.domain,
+            generation=generation,
             nonce=nonce,
             shard=shard,
             sha256=written.sha256,
@@ -201,7 +211,7 @@ class CacheWriter:
     def _write_shard(self, name: str, unit: Unit, rows: Sequence[SequenceTargets]) -> "_Written":
         """Raises CorruptionError when the disk gives back other bytes than it was given."""
         layout = self._projection().layout
-        path = storage.inside(self.root, name)
+        where = f"{self.root}/{name}"
         need = sum(row.prompt.num_targets for row in rows) * 8 * layout.top_k
         num_decoded_bytes = 0
 
@@ -209,32 +219,39 @@ class CacheWriter:
             nonlocal num_decoded_bytes
             num_decoded_bytes = write_rows(file, rows, layout)
 
-        sha256 = storage.write(path, fill, need=need)
+        sha256 = storage.put(self.root, name, fill, need=need)
         try:
-            read_back, num_bytes = file_hash(path), path.stat().st_size
+            with storage.read_back(self.root, name) as path:
+                read_back, num_bytes = file_hash(path), path.stat().st_size
+        except StorageError:
+            raise
         except OSError as error:
             raise StorageError(
-                f"{path} cannot be read back: {error.strerror}. Check the disk, then run again."
+                f"{where} cannot be read back: {error.strerror}. Check the disk, then run again."
             ) from error
         if read_back != sha256:
             raise CorruptionError(
-                f"unit {unit.unit}: {path} does not read back as it was written. The unit is not committed. Check the "
+                f"unit {unit.unit}: {where} does not read back as it was written. The unit is not committed. Check the "
                 "disk, then run the same command again."
             )
         return _Written(sha256=sha256, num_bytes=num_bytes, num_decoded_bytes=num_decoded_bytes)
 
     def _other_files(self) -> dict[str, str]:
-        paths = [self.root / name for name in ("projection.safetensors", "fidelity.safetensors", "samples.parquet")]
-        paths += sorted(path for path in (self.root / "teacher").rglob("*") if storage.TEMPORARY not in path.name)
-        return {path.relative_to(self.root).as_posix(): file_hash(path) for path in paths if path.is_file()}
+        names = ["projection.safetensors", "fidelity.safetensors", "samples.parquet"]
+        names += [name for name in storage.names(self.root, "teacher") if storage.TEMPORARY not in name]
+        paths = {name: storage.inside(self.root, name) for name in names}
+        return {name: file_hash(path) for name, path in paths.items() if path.is_file()}
 
-    def _sweep(self, commits: Sequence[Commit]) -> None:
-        """Delete what no commit names, so that ``shards/*.parquet`` is the cache. Its writers have lost already."""
+    def _sweep(self, commits: Sequence[Commit], generation: Generations) -> None:
+        """Delete what no commit names, so that ``shards/*.parquet`` is the cache. Its writers have lost already.
+
+        Not so the writers of a repair that was asked for in the meantime: their files stay.
+        """
         named = {name for commit in commits for name in (commit.shard, commit.rejects)}
-        for folder in ("shards", "rejects"):
-            for path in (self.root / folder).glob("*"):
-                if f"{folder}/{path.name}" not in named and not path.is_dir():
-                    storage.remove(path)
+        for name in (name for folder in ("shards", "rejects") for name in storage.names(self.root, folder)):
+            outdated = generations.generation_of(name.rpartition("/")[2]) <= generation.number
+            if outdated and name not in named:
+                storage.delete(self.root, name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -243,15 +260,15 @@ class _KnownProjection:
     sha256: str | None
 
 
-def _know_projection(root: Path, plan: Plan) -> _KnownProjection:
+def _know_projection(root: storage.Root, plan: Plan) -> _KnownProjection:
     identity = plan.identity
     if identity.hidden_bytes == 0:
         return _KnownProjection(layout=Layout.of(identity, ()), sha256=None)
-    path = root / "projection.safetensors"
+    path = storage.inside(root, "projection.safetensors")
     if not path.exists():
         raise UsageError(
-            f"{path} is missing, and hidden_bytes is {identity.hidden_bytes}: put the projection into the cache before "
-            "the first unit."
+            f"{root}/projection.safetensors is missing, and hidden_bytes is {identity.hidden_bytes}: put the "
+            "projection into the cache before the first unit."
         )
     data = storage.read(path)
     widths = Projection.from_bytes(data).widths
@@ -265,7 +282,7 @@ class _Written:
     num_decoded_bytes: int
 
 
-def _refuse_other(root: Path, existing: Plan, plan: Plan) -> None:
+def _refuse_other(root: storage.Root, existing: Plan, plan: Plan) -> None:
     lines = differences(existing.identity, plan.identity)
     if lines:
         raise IdentityError(

@@ -58,4 +58,4 @@ def test_what_is_no_cache(tmp_path: Path, filler: Callable[..., Any]) -> None:
     with pytest.raises(DataError, match="no shard of a cache"):
         open_frame(tmp_path / "y.parquet")
     with pytest.raises(UsageError):
-        open_frame("s3://bucket/x")
+        open_frame("gs://bucket/x")

@@ -83,7 +83,7 @@ def test_no_cache(tmp_path: Path) -> None:
         with pytest.raises(DataError, match="no cache at"):
             CacheReader.open(path)
     with pytest.raises(UsageError, match="URL"):
-        CacheReader.open("s3://bucket/cache")
+        CacheReader.open("gs://bucket/cache")
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "plan.json", "commits/00002.json"])

@@ -9,12 +9,13 @@ import pyarrow as pa
 import pytest
 from pydantic import BaseModel
 
+from distill.cache import generations
 from distill.cache.codec import ROUNDING
-from distill.cache.plan import Commit, Manifest, Plan
+from distill.cache.plan import Commit, Manifest, Plan, Repair
 from distill.cache.schema import Layout, row_schema, values_per_row
 
 SCHEMAS = Path(__file__).parents[2] / "schemas"
-MODELS: dict[str, type[BaseModel]] = {"plan": Plan, "commit": Commit, "manifest": Manifest}
+MODELS: dict[str, type[BaseModel]] = {"plan": Plan, "commit": Commit, "manifest": Manifest, "repair": Repair}
 CHECKSUM = {
     "description": "SHA-256 of all bytes of the file before the comma that precedes this member",
     "pattern": "^[0-9a-f]{64}$",
@@ -37,9 +38,16 @@ def test_schemas_are_those_of_the_models(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "file"), [("plan", "plan.json"), ("commit", "commits/00000.json"), ("manifest", "manifest.json")]
+    ("name", "file"),
+    [
+        ("plan", "plan.json"),
+        ("commit", "commits/00000.json"),
+        ("manifest", "manifest.json"),
+        ("repair", "repairs/2.json"),
+    ],
 )
 def test_written_files_validate_and_altered_ones_do_not(cache: Path, name: str, file: str) -> None:
+    generations.request(cache, after=1, units={"00000": "its shard is missing"})
     validator = jsonschema.Draft202012Validator(load(name))
     validator.check_schema(load(name))
     instance = json.loads((cache / file).read_text())

@@ -101,7 +101,19 @@ def test_symbolic_links_are_refused(tmp_path: Path) -> None:
     assert storage.inside(tmp_path / "cache", "a/b-1.x") == tmp_path / "cache" / "a" / "b-1.x"
 
 
-@pytest.mark.parametrize("url", ["s3://bucket/cache", "gs://b", "https://example.org/x"])
-def test_urls_are_refused(url: str) -> None:
-    with pytest.raises(UsageError, match="local folder for now"):
+@pytest.mark.parametrize("url", ["gs://b", "gs:/b", "https://example.org/x", "file:///x"])
+def test_other_urls_are_refused(url: str) -> None:
+    with pytest.raises(UsageError, match="of a kind that caches do not lie at"):
+        storage.root_of(url)
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/a/cache", Path("s3://bucket/a/cache"), "S3://bucket/a/cache/"])
+def test_urls_of_s3_are_buckets(url: str | Path) -> None:
+    assert str(storage.root_of(url)) == "s3://bucket/a/cache"
+    with pytest.raises(UsageError, match="a local folder is needed here"):
         storage.local_root(url)
+
+
+@pytest.mark.parametrize("path", ["cache", "/a/b", "./s3", "a:b", "C:/cache"])
+def test_everything_else_is_a_folder(path: str) -> None:
+    assert storage.root_of(path) == Path(path)

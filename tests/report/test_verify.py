@@ -59,7 +59,7 @@ def test_no_cache(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no cache at"):
         verify(tmp_path)
     with pytest.raises(UsageError):
-        verify("s3://bucket/cache")
+        verify("gs://bucket/cache")
 
 
 def test_every_damaged_unit_is_listed(cache: Path) -> None:
