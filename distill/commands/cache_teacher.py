@@ -1,5 +1,6 @@
 """``distill cache-teacher``."""
 
+import os
 from typing import Annotated
 
 import typer
@@ -22,6 +23,9 @@ def command(
     max_length: Annotated[int | None, typer.Option(help="Tokens in a sequence [2048].")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
     column: Annotated[list[str] | None, typer.Option(help="prompt=NAME, response=NAME, text=NAME …")] = None,
+    worker: Annotated[
+        str | None, typer.Option(help="INDEX/COUNT, 0/4 to 3/4; read from Slurm, Kubernetes and SkyPilot by itself.")
+    ] = None,
     config: Config = None,
     settings: Set = None,
     as_json: Json = False,
@@ -33,6 +37,7 @@ def command(
     --out cache. Running it again finishes what is missing.
     """
     from distill.config import CacheConfig
+    from distill.launch.worker import find_worker
     from distill.teacher.job import cache_teacher
 
     targets = {
@@ -52,7 +57,9 @@ def command(
         "dtype": dtype,
         "columns": dict(pair(item, "--column", "NAME") for item in column or []),
     }
-    result = cache_teacher(configuration(CacheConfig, "cache", config, values, settings), quiet=quiet)
+    place = find_worker(worker, os.environ)
+    resolved = configuration(CacheConfig, "cache", config, values, settings)
+    result = cache_teacher(resolved, worker=place, quiet=quiet)
     if as_json:
         print_json(result.as_dict())
         return

@@ -10,7 +10,7 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -20,17 +20,20 @@ from typing import Any
 import numpy as np
 
 from distill.cache.identity import model_files_hash, text_hash, token_map_hash
-from distill.cache.plan import Identity, Manifest, Plan, Recorded, plan_units
+from distill.cache.plan import Identity, Manifest, Plan, Recorded, Unit, plan_units
 from distill.cache.plan import Source as PlanSource
 from distill.cache.projection import Projection
+from distill.cache.storage import Root
 from distill.cache.tensors import dump
 from distill.cache.writer import CacheWriter
 from distill.config import CacheConfig
 from distill.data.prompts import PromptMaker, prompts_of
 from distill.data.sources import Source, open_sources
 from distill.data.tokenizer import chat_template_text, load_tokenizer, token_map
-from distill.errors import UsageError
-from distill.records import Prompt
+from distill.errors import RetryError, UsageError
+from distill.interrupt import Interrupt
+from distill.launch.worker import Worker
+from distill.records import Prompt, Reject
 from distill.teacher import calibration
 from distill.teacher.engine import Engine, engine_name, load_engine
 from distill.teacher.fill import fill
@@ -42,7 +45,7 @@ MASK_POLICY = "assistant"
 class CacheResult:
     """What a run did. ``manifest`` is None while other workers still owe units."""
 
-    root: Path
+    root: Root
     manifest: Manifest | None
     num_units_written: int
     num_targets: int
@@ -71,16 +74,31 @@ class Job:
     sources: Sequence[Source]
     maker: PromptMaker
 
+    def read_unit(self, unit: Unit) -> Iterator[Prompt | Reject]:
+        """The sequences and rejects of a unit's input rows, in order."""
+        return prompts_of(self.sources[unit.source], start=unit.start, stop=unit.stop, maker=self.maker)
 
-def cache_teacher(config: CacheConfig, *, quiet: bool = False) -> CacheResult:
-    """Fills the cache at ``config.out``, or what is missing of it.
+
+def cache_teacher(config: CacheConfig, *, worker: Worker | None = None, quiet: bool = False) -> CacheResult:
+    """Fills the cache at ``config.out``, or what is missing of it, as one of several workers or as the only one.
 
     Raises UsageError, DataError, IdentityError or StorageError before the teacher loads, RetryError when the engine
-    dies; units that are committed by then stay.
+    dies or a signal comes (SIGTERM, SIGUSR1, Ctrl-C); units that are complete by then stay.
     """
-    job = prepare(config)
-    missing = job.writer.missing_units()
-    if not missing:
+    job: Job | None = None
+    with Interrupt(at_once=True) as interrupt:
+        try:
+            job = prepare(config)
+            return _run(job, worker or Worker(), interrupt, quiet=quiet)
+        except (KeyboardInterrupt, RetryError) as error:
+            if interrupt.name is None:
+                raise
+            # The scheduler's signal may have reached the engine's processes too: then the engine died of it.
+            raise RetryError(_stopped(interrupt.name, job)) from error
+
+
+def _run(job: Job, worker: Worker, interrupt: Interrupt, *, quiet: bool) -> CacheResult:
+    if not job.writer.missing_units():
         return CacheResult(
             root=job.writer.root, manifest=job.writer.seal(), num_units_written=0, num_targets=0, seconds=0.0
         )
@@ -89,16 +107,29 @@ def cache_teacher(config: CacheConfig, *, quiet: bool = False) -> CacheResult:
     try:
         _install_projection(job, engine)
         started = time.monotonic()
-        num_targets = fill(engine, missing, writer=job.writer, sources=job.sources, maker=job.maker, quiet=quiet)
+        filled = fill(
+            engine, writer=job.writer, worker=worker, read_unit=job.read_unit, interrupt=interrupt, quiet=quiet
+        )
         seconds = time.monotonic() - started
     finally:
         engine.close()
     return CacheResult(
         root=job.writer.root,
         manifest=job.writer.seal(),
-        num_units_written=len(missing),
-        num_targets=num_targets,
+        num_units_written=filled.num_units,
+        num_targets=filled.num_targets,
         seconds=seconds,
+    )
+
+
+def _stopped(signal_name: str, job: Job | None) -> str:
+    if job is None:
+        return f"stopped by {signal_name} before the first unit was begun. Run the same command again."
+    num_units = len(job.writer.plan.units)
+    num_done = num_units - len(job.writer.missing_units())
+    return (
+        f"stopped by {signal_name}: {num_done} of {num_units} units are committed, open ones were dropped. Run the "
+        "same command again to go on."
     )
 
 
@@ -112,6 +143,7 @@ def prepare(config: CacheConfig) -> Job:
     tokens = token_map(tokenizer)
     vocab_size = max(tokens.values()) + 1
     _check_vocabulary(config, vocab_size=vocab_size, head_rows=model.get_text_config().vocab_size)
+    _check_length(config, model.get_text_config())
     engine = engine_name(config)
     sources = open_sources(config)
     maker = PromptMaker(tokenizer, config=config)
@@ -191,6 +223,17 @@ def _check_vocabulary(config: CacheConfig, *, vocab_size: int, head_rows: int) -
         raise UsageError(
             f"top_k is {config.targets.top_k}, but the vocabulary of {config.teacher} has {vocab_size} tokens. Choose "
             f"--top-k between 1 and {vocab_size - 1}; 64 serves most students."
+        )
+
+
+def _check_length(config: CacheConfig, model: Any) -> None:
+    """Beyond its positions a teacher speaks nonsense, and not every engine objects."""
+    scaling = float((getattr(model, "rope_parameters", None) or {}).get("factor") or 1.0)
+    limit = int(scaling * getattr(model, "max_position_embeddings", config.max_length))
+    if config.max_length > limit:
+        raise UsageError(
+            f"max_length is {config.max_length}, but {config.teacher} was made for at most {limit} positions. Choose "
+            f"--max-length {limit} or less; --overlong says what becomes of longer rows."
         )
 
 

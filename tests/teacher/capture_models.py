@@ -22,6 +22,7 @@ from distill.config import CacheConfig, TargetsConfig
 from distill.records import Prompt, Targets
 from distill.teacher import capture
 from distill.teacher.vllm_engine import VllmEngine
+from tests.teacher.families import random_prompt
 
 VOCAB, K, TEMPERATURES = 500, 16, (4.0, 2.0, 1.0)
 LENGTHS = (1, 30, 32, 33, 70, 120, 110, 100, *range(2, 30))  # around the 32 tokens of a step
@@ -40,21 +41,7 @@ TIGHT = {
 
 def prompts() -> list[Prompt]:
     """Random tokens."""
-    random = np.random.default_rng(0)
-    return [
-        Prompt(
-            sequence_id=str(n),
-            prompt_id=str(n),
-            domain="random",
-            split="train",
-            source=f"random:{n}",
-            prompt="",
-            response="",
-            input_ids=random.integers(3, VOCAB, n + 1).astype(np.int32),
-            loss_mask=np.ones(n, bool),
-        )
-        for n in LENGTHS
-    ]
+    return [random_prompt(length, seed=n) for n, length in enumerate(LENGTHS)]
 
 
 def errors(targets: Targets, logits_NV: NDArray[np.float64]) -> dict[str, float]:

@@ -3,9 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from tokenizers import Tokenizer, models
+
+from distill.records import Prompt
 
 SMALL: dict[str, Any] = {
     "vocab_size": 512,
@@ -47,3 +50,19 @@ def save_tiny(family: str, folder: Path) -> Path:
     model.to(torch.float32).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def random_prompt(length: int, *, first_trained: int = 0, seed: int = 0) -> Prompt:
+    """A sequence of ``length`` targets whose tokens are drawn from the 500; it trains from ``first_trained`` on."""
+    tokens = np.random.default_rng([seed, length]).integers(3, 500, length + 1)
+    return Prompt(
+        sequence_id=f"{seed}-{length}",
+        prompt_id=f"{seed}-{length}",
+        domain="random",
+        split="train",
+        source=f"random:{seed}",
+        prompt="",
+        response="",
+        input_ids=tokens.astype(np.int32),
+        loss_mask=np.arange(length) >= first_trained,
+    )

@@ -58,8 +58,9 @@ def config(shell: Path, data: Path, /, **more: object) -> CacheConfig:
         ({"targets": {"top_k": 200_000}}, UsageError, "--top-k between 1 and"),
         ({"data": {"general": ("missing.jsonl",)}}, DataError, "missing.jsonl does not exist"),
         ({"columns": {"prompt": "question"}}, DataError, "question"),
+        ({"max_length": 40_000}, UsageError, "--max-length 32768 or less"),
         ({"teacher": "/nowhere"}, UsageError, "neither a folder here nor"),
-        ({"out": "s3://bucket/cache"}, UsageError, "local"),
+        ({"out": "gs://bucket/cache"}, UsageError, "local"),
         ({"out": "/proc/nothing/cache"}, StorageError, "/proc/nothing"),
     ],
 )

@@ -16,28 +16,13 @@ from distill.errors import DataError
 from distill.records import Prompt
 from distill.teacher import calibration
 from distill.teacher.transformers_engine import TransformersEngine
-from tests.teacher.families import save_tiny
+from tests.teacher.families import random_prompt, save_tiny
 
 TEMPERATURES = (4.0, 2.0, 1.0)
 
 
-def prompts(num: int, length: int = 40) -> list[Prompt]:
-    random = np.random.default_rng(1)
-    mask = np.arange(length) >= 10
-    return [
-        Prompt(
-            sequence_id=str(n),
-            prompt_id=str(n),
-            domain="random",
-            split="train",
-            source=f"random:{n}",
-            prompt="",
-            response="",
-            input_ids=random.integers(3, 500, length + 1).astype(np.int32),
-            loss_mask=mask,
-        )
-        for n in range(num)
-    ]
+def prompts(num: int) -> list[Prompt]:
+    return [random_prompt(40, first_trained=10, seed=n) for n in range(num)]
 
 
 def load(family: str, folder: Path) -> TransformersEngine:
