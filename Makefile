@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CPU_TORCH := 2.13.0
 
-.PHONY: setup demo test lint tests clean
+.PHONY: setup demo test lint tests docs torture clean
 
 setup: $(READY)
 
@@ -41,5 +41,12 @@ lint: setup
 tests: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
+docs: setup
+	$(BIN)/zensical build --strict --clean
+
+# Some minutes: 500 kills of writers, 1000 flipped bits in each kind of file (docs/faults.md).
+torture: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.faults --kills 500 --flips 1000 --json runs/faults.json
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site

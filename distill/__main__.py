@@ -10,7 +10,21 @@ from typing import Annotated
 import typer
 
 from distill import __version__
-from distill.commands import cache_teacher, inspect, train, verify
+from distill.commands import (
+    cache_teacher,
+    diff,
+    doctor,
+    export,
+    init,
+    inspect,
+    launch,
+    report,
+    sql,
+    status,
+    train,
+    verify,
+)
+from distill.commands import eval as evaluate
 from distill.errors import DistillError
 
 app = typer.Typer(
@@ -20,10 +34,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command("init")(init.command)
 app.command("cache-teacher")(cache_teacher.command)
 app.command("train")(train.command)
+app.command("eval")(evaluate.command)
+app.command("export")(export.command)
 app.command("inspect")(inspect.command)
 app.command("verify")(verify.command)
+app.command("status")(status.command)
+app.command("diff")(diff.command)
+app.command("doctor")(doctor.command)
+app.command("launch")(launch.command)
+app.command("report")(report.command)
+app.command("sql")(sql.command)
 
 
 def _version(wanted: bool) -> None:

@@ -13,6 +13,7 @@ from distill.cache.plan import Commit
 from distill.cache.reader import CacheReader
 from distill.errors import CorruptionError, UsageError
 from distill.records import SequenceTargets, Split
+from distill.report.extras import open_tokenizer
 from distill.report.fidelity import TemperatureFidelity, measure
 
 if TYPE_CHECKING:
@@ -183,7 +184,7 @@ def _row_view(reader: CacheReader, row: int) -> RowView:
         metadata=prompt.metadata,
         prompt=prompt.prompt,
         response=prompt.response,
-        positions=_positions(sequence, _tokenizer(reader)),
+        positions=_positions(sequence, open_tokenizer(reader)),
     )
 
 
@@ -198,18 +199,6 @@ def _locate(reader: CacheReader, row: int) -> tuple[Commit, Split, int]:
     raise UsageError(
         f"{reader.root} has no row {row}: its rows are 0 to {reader.num_rows() - 1}. Choose one with --row."
     )
-
-
-def _tokenizer(reader: CacheReader) -> "Tokenizer | None":
-    from tokenizers import Tokenizer
-
-    path = storage.inside(reader.root, "teacher/tokenizer.json")
-    if not path.exists():
-        return None
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing narrower
-        raise CorruptionError(f"{path} is no tokenizer: {error}. Restore it from a copy.") from error
 
 
 def _positions(sequence: SequenceTargets, tokenizer: "Tokenizer | None") -> tuple[Position, ...]:

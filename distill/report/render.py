@@ -1,13 +1,13 @@
 """Reports flow in, text on the terminal flows out."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from distill.report.inspect import InspectReport, RowView
+from distill.report.table import plain_table
 from distill.report.verify import VerifyReport
 
 
@@ -16,16 +16,18 @@ def render_inspect(report: InspectReport, *, console: Console | None = None) -> 
     console = console or Console(highlight=False)
     state = "sealed" if report.sealed else f"incomplete: {report.num_committed} of {report.num_units} units committed"
     console.print(Text(f"{report.path}: {state}, {report.num_rejects:,} rows rejected"))
-    console.print(_table("identity (must match)", ("", ""), report.identity.items()))
-    console.print(_table("recorded", ("", ""), ((name, value) for name, value in report.recorded.items() if value)))
+    console.print(plain_table("identity (must match)", ("", ""), report.identity.items()))
+    console.print(
+        plain_table("recorded", ("", ""), ((name, value) for name, value in report.recorded.items() if value))
+    )
     counts = [
         (count.domain, count.split, f"{count.num_rows:,}", f"{count.num_targets:,}", f"{count.num_trained:,}")
         for count in report.counts
     ]
-    console.print(_table("sequences", ("domain", "split", "sequences", "targets", "trained"), counts))
+    console.print(plain_table("sequences", ("domain", "split", "sequences", "targets", "trained"), counts))
     sizes = [(name, f"{size:.2f}") for name, size in report.bytes_per_token.items()]
     sizes.append(("all", f"{sum(report.bytes_per_token.values()):.2f}"))
-    console.print(_table("bytes per token", ("column", "bytes"), sizes))
+    console.print(plain_table("bytes per token", ("column", "bytes"), sizes))
     _print_fidelity(report, console)
     if report.row:
         _print_row(report.row, console)
@@ -36,7 +38,7 @@ def render_verify(report: VerifyReport, *, console: Console | None = None) -> No
     console = console or Console(highlight=False)
     if report.problems:
         rows = [(problem.unit or "", problem.file, problem.text) for problem in report.problems]
-        console.print(_table("problems", ("unit", "file", "problem"), rows))
+        console.print(plain_table("problems", ("unit", "file", "problem"), rows))
     units = f"{report.num_committed} of {report.num_units} units"
     size = f"{report.num_rows:,} rows, {report.num_rejects:,} rejects, {report.num_bytes / 1e6:,.1f} MB"
     verdict = "every byte is as committed" if report.ok else f"{len(report.problems)} problems"
@@ -59,10 +61,26 @@ def render_stages(stages: Sequence[Mapping[str, Any]], *, console: Console | Non
         for stage in stages
     ]
     header = ("stage", "steps", "best step", "held-out loss", "held-out KL, cross-entropy", "best checkpoint")
-    console.print(_table("stages", header, rows))
+    console.print(plain_table("stages", header, rows))
     for stage in stages:
         for note in stage["notes"]:
             console.print(Text(f"stage {stage['stage']}: {note}"))
+
+
+def render_rows(
+    columns: Sequence[str], rows: Sequence[Sequence[Any]], *, more: bool, console: Console | None = None
+) -> None:
+    """Print the rows of a query, and whether there are ``more``."""
+    console = console or Console(highlight=False)
+    console.print(plain_table("", columns, [[_cell(value) for value in row] for row in rows]))
+    if more:
+        console.print(Text(f"the first {len(rows):,} rows; raise --limit, or take all with --csv or --json"))
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return "" if value is None else str(value)
 
 
 def _stage_figures(evaluation: Mapping[str, Any] | None) -> str:
@@ -83,7 +101,7 @@ def _print_fidelity(report: InspectReport, console: Console) -> None:
         distances = (item.low_rank, item.bucket, item.renormalised) if item else (None, None, None)
         rows.append((f"{temperature:g}", f"{mass:.3f}", *(_number(distance) for distance in distances)))
     header = ("temperature", "mass in top-k", "low-rank tail", "uniform tail", "renormalised top-k")
-    console.print(_table("total variation to the teacher (0: the same, 1: disjoint)", header, rows))
+    console.print(plain_table("total variation to the teacher (0: the same, 1: disjoint)", header, rows))
     if report.explained is not None:
         console.print(Text(f"the projection keeps {report.explained:.1%} of the logit variance"))
     console.print(
@@ -106,22 +124,8 @@ def _print_row(row: RowView, console: Console) -> None:
         for position in row.positions
     ]
     header = ("trained", "token", "next token", "entropy", "what the teacher expected next")
-    console.print(_table(f"row {row.row} of unit {row.unit}: {about}", header, rows))
+    console.print(plain_table(f"row {row.row} of unit {row.unit}: {about}", header, rows))
 
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.4f}"
-
-
-def _table(title: str, header: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
-    """Cells are plain text: what a cache holds is neither read as markup nor sent to the terminal as commands."""
-    table = Table(title=Text(_printable(title)), title_justify="left", show_header=any(header))
-    for name in header:
-        table.add_column(Text(name))
-    for row in rows:
-        table.add_row(*(Text(_printable(str(cell))) for cell in row))
-    return table
-
-
-def _printable(text: str) -> str:
-    return "".join(character if character.isprintable() or character == "\n" else "�" for character in text)
