@@ -272,14 +272,16 @@ def _install_projection(job: Job, engine: Engine) -> None:
     if not hidden_bytes:
         engine.install(None)
         return
-    stored = job.writer.root / "projection.safetensors"
+    stored, proven = (job.writer.root / f"{name}.safetensors" for name in ("projection", "fidelity"))
+    sample = calibration.split_sample(_draw(job)) if not (stored.exists() and proven.exists()) else None
     if stored.exists():
-        engine.install(Projection.from_bytes(stored.read_bytes()))
+        projection = stored.read_bytes()
     else:
-        sample = calibration.split_sample(_draw(job))
+        assert sample is not None
         fitted = calibration.fit(engine, sample.fit, hidden_bytes=hidden_bytes)
-        kept = job.writer.put_once("projection.safetensors", fitted.to_bytes())
-        engine.install(Projection.from_bytes(kept))
+        projection = job.writer.put_once("projection.safetensors", fitted.to_bytes())
+    engine.install(Projection.from_bytes(projection))
+    if sample is not None and not proven.exists():  # also after a run that ended between the two
         proof = calibration.fidelity(engine, sample.fidelity, seed=job.config.seed)
         job.writer.put_once("fidelity.safetensors", dump(proof, {"temperatures": str(job.config.targets.temperatures)}))
 

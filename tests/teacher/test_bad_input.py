@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from distill.cache.reader import CacheReader
 from distill.config import CacheConfig
@@ -124,7 +124,9 @@ def test_an_interrupted_cache_goes_on_where_it_stopped(tiny_teacher: Path, data:
     assert full.num_units_written == 4
     root = full.root
     before = rows(root)
-    # As after a kill: two units and the manifest are not there.
+    # As after a kill: two units, the manifest and the projection's proof are not there.
+    proof = load_file(root / "fidelity.safetensors")
+    (root / "fidelity.safetensors").unlink()
     (root / "manifest.json").unlink()
     for unit in ("00001", "00003"):
         (root / "commits" / f"{unit}.json").unlink()
@@ -132,6 +134,7 @@ def test_an_interrupted_cache_goes_on_where_it_stopped(tiny_teacher: Path, data:
         CacheReader.open(root)
     again = cache_teacher(job, quiet=True)
     assert again.num_units_written == 2
+    assert (load_file(root / "fidelity.safetensors")["topk_ids"] == proof["topk_ids"]).all()
     assert again.manifest is not None
     after = rows(root)
     assert after.keys() == before.keys()
