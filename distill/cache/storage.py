@@ -150,7 +150,7 @@ def create_once(path: Path, data: bytes) -> bool:
                 os.link(temporary, path)
             except FileExistsError:
                 return False
-            _sync_folder(path.parent)
+            sync(path.parent)
             return True
         finally:
             temporary.unlink(missing_ok=True)
@@ -168,7 +168,7 @@ def write(path: Path, fill: Callable[[BinaryIO], object], *, need: int) -> str:
         try:
             sha256 = _write_synced(temporary, fill)
             temporary.replace(path)
-            _sync_folder(path.parent)
+            sync(path.parent)
             return sha256
         finally:
             temporary.unlink(missing_ok=True)
@@ -219,8 +219,9 @@ def _write_synced(path: Path, fill: Callable[[BinaryIO], object]) -> str:
         return file.digest.hexdigest()
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

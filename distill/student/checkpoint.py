@@ -91,7 +91,7 @@ def write_checkpoint(folder: Path, state: State, fill: Callable[[Path], None]) -
         fill(aside)
         files: dict[str, FileRecord] = {}
         for path in _files(aside):
-            _sync(path)
+            storage.sync(path)
             name = path.relative_to(aside).as_posix()
             files[name] = FileRecord(sha256=file_hash(path), num_bytes=path.stat().st_size)
         complete = state.model_copy(update={"files": files})
@@ -200,13 +200,13 @@ def _finish(aside: Path, target: Path, state: State) -> None:
     content = document.render(state)
     storage.write(aside / STATE, lambda file: file.write(content), need=len(content))
     for folder in {path.parent for path in _files(aside)}:
-        _sync(folder)
+        storage.sync(folder)
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         target.rename(old)
     aside.rename(target)
-    _sync(target.parent)
+    storage.sync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -215,15 +215,7 @@ def _link_or_copy(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
-        _sync(target)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        storage.sync(target)
 
 
 @contextlib.contextmanager

@@ -80,9 +80,3 @@ def follow(shares_ND: NDArray[np.float64], deficits: list[float]) -> tuple[NDArr
         deficits[chosen] -= 1.0
         chosen_N[n] = chosen
     return chosen_N, deficits
-
-
-def realised_shares(assigned: NDArray[np.uint8], num_domains: int) -> NDArray[np.float64]:
-    """The share of each domain in the sequences of ``assigned``: [D]."""
-    counts: NDArray[np.float64] = np.bincount(assigned, minlength=num_domains) / max(len(assigned), 1)
-    return counts

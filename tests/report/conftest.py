@@ -1,8 +1,6 @@
 """The caches that the tests of the cache fill, for reports to look at."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +8,7 @@ import numpy as np
 import pytest
 
 from distill.cache import tensors
-
-_spec = importlib.util.spec_from_file_location("cache_fixtures", Path(__file__).parents[1] / "cache" / "conftest.py")
-assert _spec is not None
-assert _spec.loader is not None
-cache_fixtures: Any = importlib.util.module_from_spec(_spec)
-sys.modules["cache_fixtures"] = cache_fixtures
-_spec.loader.exec_module(cache_fixtures)
+from tests.cache import conftest as cache_fixtures
 
 teacher = cache_fixtures.teacher
 plan = cache_fixtures.plan

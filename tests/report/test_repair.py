@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cache_fixtures import fill, rows_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -21,6 +20,7 @@ from distill.cache.writer import CacheWriter
 from distill.errors import CorruptionError, RetryError
 from distill.report.repair import repair
 from distill.report.verify import verify
+from tests.cache.conftest import fill, rows_of
 
 
 def contents(root: Path) -> dict[str, bytes]:

@@ -1,7 +1,6 @@
 """A real object store on this machine, one for each test session: SeaweedFS on loopback ports that are free."""
 
 import contextlib
-import importlib.util
 import json
 import random
 import shutil
@@ -12,16 +11,10 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-_spec = importlib.util.spec_from_file_location("cache_fixtures", Path(__file__).parents[1] / "cache" / "conftest.py")
-assert _spec is not None
-assert _spec.loader is not None
-cache_fixtures: Any = importlib.util.module_from_spec(_spec)
-sys.modules["cache_fixtures"] = cache_fixtures
-_spec.loader.exec_module(cache_fixtures)
+from tests.cache import conftest as cache_fixtures
 
 teacher = cache_fixtures.teacher
 plan = cache_fixtures.plan

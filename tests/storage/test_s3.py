@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cache_fixtures import fill, rows_of
 from typer.testing import CliRunner
 
 import distill
@@ -25,6 +24,7 @@ from distill.cache.writer import CacheWriter
 from distill.errors import CorruptionError, DataError, IdentityError, RetryError, StorageError, UsageError
 from distill.report.repair import repair
 from distill.report.verify import verify
+from tests.cache.conftest import fill, rows_of
 
 
 def begin(url: str, teacher: Any, plan: Plan) -> CacheWriter:
