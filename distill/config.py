@@ -10,14 +10,49 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 
 from distill.errors import UsageError
+from distill.stage_config import (
+    AttentionConfig,
+    ConfigModel,
+    DivergenceName,
+    FeatureConfig,
+    Schedule,
+    ShareConfig,
+    StageConfig,
+    Tail,
+    TailShape,
+    TemperatureSteps,
+    WeightsConfig,
+    stage_defaults,
+)
+
+__all__ = [
+    "AttentionConfig",
+    "CacheConfig",
+    "ColumnsConfig",
+    "DivergenceName",
+    "FeatureConfig",
+    "GenerateConfig",
+    "JobConfig",
+    "LoraConfig",
+    "Overlong",
+    "SamplesConfig",
+    "Schedule",
+    "ShareConfig",
+    "StageConfig",
+    "Tail",
+    "TailShape",
+    "TargetsConfig",
+    "TemperatureSteps",
+    "TrainConfig",
+    "WeightsConfig",
+    "read_section",
+    "validated",
+]
 
 Overlong = Literal["truncate", "reject", "split"]
-Tail = Literal["low_rank", "bucket"]
-Schedule = Literal["constant", "linear", "cosine", "step"]
-DivergenceName = Literal["forward", "reverse", "js", "skew"]
 
 
 def _positive_temperatures(values: tuple[float, ...]) -> tuple[float, ...]:
@@ -26,11 +61,7 @@ def _positive_temperatures(values: tuple[float, ...]) -> tuple[float, ...]:
     return values
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class TargetsConfig(_Model):
+class TargetsConfig(ConfigModel):
     """What is kept for each position; part of a cache's identity."""
 
     top_k: int = Field(64, ge=1, description="log-probabilities kept for each position")
@@ -40,9 +71,29 @@ class TargetsConfig(_Model):
     hidden_bytes: int = Field(
         128, ge=0, description="bytes for each position's projected final hidden state; 0 keeps none"
     )
+    num_samples: int = Field(
+        0, ge=0, le=2**15 - 1, description="ids drawn from the teacher at each position, for training at temperature 1"
+    )
+    layers: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        (), description="inner layers whose input is kept too, projected; layer 0's input is the embedding"
+    )
+    layer_bytes: int = Field(64, ge=1, description="bytes for each position's projected state of an inner layer")
+    heads: dict[Annotated[int, Field(ge=0)], tuple[Annotated[int, Field(ge=0)], ...]] = Field(
+        default_factory=dict, description="layer -> query heads whose queries and keys are kept, for the attention loss"
+    )
+
+    @model_validator(mode="after")
+    def _layers_ride_with_the_projection(self) -> "TargetsConfig":
+        if (self.layers or self.heads) and not self.hidden_bytes:
+            raise ValueError("layers and heads are kept beside the fitted projection: they need hidden_bytes above 0")
+        if len(set(self.layers)) != len(self.layers) or any(
+            len(set(h)) != len(h) or not h for h in self.heads.values()
+        ):
+            raise ValueError("layers and heads must name each layer and head once")
+        return self
 
 
-class ColumnsConfig(_Model):
+class ColumnsConfig(ConfigModel):
     """Names of the input columns, for data whose names are not among the usual ones."""
 
     prompt: str | None = None
@@ -52,7 +103,39 @@ class ColumnsConfig(_Model):
     text: str | None = None
 
 
-class CacheConfig(_Model):
+class GenerateConfig(ConfigModel):
+    """How the teacher answers the prompts itself. The answers of the data, if it has any, are kept as metadata."""
+
+    temperature: float = Field(1.0, ge=0, description="of the draws; 0 takes the likeliest token each time")
+    top_p: float = Field(1.0, gt=0, le=1, description="draws are from the likeliest tokens that hold this mass")
+    num: int = Field(1, ge=1, description="answers to each prompt")
+    max_tokens: int = Field(512, ge=1, description="tokens of an answer; max_length bounds prompt and answer together")
+    thinking: bool = Field(False, description="lets a teacher that can reason before it answers do so")
+
+    @model_validator(mode="after")
+    def _several_answers_differ(self) -> "GenerateConfig":
+        if self.num > 1 and self.temperature == 0:
+            raise ValueError("at temperature 0 all answers to a prompt are the same: num must be 1")
+        return self
+
+
+class SamplesConfig(ConfigModel):
+    """Held-out prompts that the teacher answers once, greedily, to stand beside students' answers."""
+
+    num: int = Field(4, ge=0, description="prompts of each domain; 0: none")
+    max_tokens: int = Field(128, ge=1, description="tokens of an answer")
+
+
+class CardConfig(ConfigModel):
+    """What the cache's README says of licences, beside what is known anyway."""
+
+    license: str | None = Field(None, description="of the cache itself, as a hub names it: mit, cc-by-4.0")
+    teacher_license: str | None = Field(None, description="default: what the teacher's own README states")
+    data_license: str | None = Field(None, description="of the data that went in")
+    notes: str | None = Field(None, description="a paragraph for those who use the cache")
+
+
+class CacheConfig(ConfigModel):
     """Everything that ``distill cache-teacher`` needs."""
 
     teacher: str = Field(description="model folder or hub name")
@@ -76,17 +159,23 @@ class CacheConfig(_Model):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="weights and activations")
     head_dtype: Literal["float32", "model"] = Field("float32", description="precision of the logits in capture")
     targets: TargetsConfig = TargetsConfig()
+    generate: GenerateConfig | None = Field(None, description="the teacher answers the prompts itself")
+    samples: SamplesConfig = SamplesConfig()
     max_length: int = Field(2048, ge=2, description="tokens in a sequence")
     overlong: Overlong = Field("truncate", description="what becomes of a longer row")
     unit_rows: int = Field(1024, ge=1, description="input rows in a unit; a crash costs one unit")
     calibration_tokens: int | None = Field(
         None, ge=1, description="tokens that fit the projection; default: 16 for each hidden dimension"
     )
-    seed: int = Field(42, description="draws the calibration rows")
+    seed: int = Field(42, description="draws the calibration rows and generated answers")
+    projection_from: str | None = Field(
+        None, description="a cache of the same identity whose projection this one takes, so that both train together"
+    )
+    card: CardConfig = CardConfig()
     trust_remote_code: bool = Field(False, description="run code that the teacher's folder brings; recorded")
 
 
-class LoraConfig(_Model):
+class LoraConfig(ConfigModel):
     """Low-rank adapters, as in peft."""
 
     r: int = Field(16, ge=1)
@@ -103,67 +192,18 @@ class LoraConfig(_Model):
     )
 
 
-class ShareConfig(_Model):
-    """A domain's share as a function of training progress in [0, 1]. A plain number is a constant share."""
-
-    schedule: Schedule = "constant"
-    start: float = Field(1.0, ge=0)
-    end: float | None = Field(None, ge=0, description="default: start")
-    at: float = Field(0.5, ge=0, le=1, description="progress at which a step schedule switches")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_number(cls, value: Any) -> Any:
-        return {"start": value} if isinstance(value, int | float) else value
-
-
-class WeightsConfig(_Model):
-    """Weights of the losses."""
-
-    kl: float = Field(1.0, ge=0)
-    ce: float = Field(0.0, ge=0)
-    feature: float = Field(0.0, ge=0)
-    attention: float = Field(0.0, ge=0, description="not available yet: anything but 0 is refused")
-    contrastive: float = Field(0.0, ge=0)
-
-
-class StageConfig(_Model):
-    """One stage: what it trains on and how. Shares are normalised, so they need not sum to 1."""
-
-    shares: dict[str, ShareConfig] = Field(description="domain -> its share of the training sequences")
-    temperature: float = Field(gt=0)
-    weights: WeightsConfig
-    tail: Tail = "low_rank"
-    divergence: DivergenceName = Field("forward", description="what weights.kl weighs; see docs/losses.md")
-    beta: float | None = Field(
-        None, gt=0, lt=1, description="the teacher's part in the mixture of js (default 0.5) and skew (default 0.1)"
-    )
-    contrastive_temperature: float = Field(0.1, gt=0, description="τ of the contrastive loss")
-    learning_rate: float = Field(gt=0)
-    epochs: float = Field(gt=0)
-    max_steps: int | None = Field(None, ge=1, description="optimizer steps; overrides epochs")
-    batch_size: int = Field(ge=1, description="sequences in an optimizer step, over all devices")
-    eval_every: int = Field(100, ge=1, description="optimizer steps between evaluations, and between checkpoints")
-    eval_rows: int = Field(256, ge=1, description="held-out sequences of each domain that an evaluation reads")
-    balance: bool = Field(
-        False, description="weigh losses by their gradient norms, so that weights are parts of the gradient"
-    )
-    balance_every: int = Field(50, ge=1, description="optimizer steps between two measurements of gradient norms")
-    sampling: Literal["uniform", "evaluation"] = Field(
-        "uniform", description="evaluation: groups with a higher held-out loss come more often; see docs/stages.md"
-    )
-    sampling_by: str = Field("domain", min_length=1, description="what a group is: domain, or a metadata key")
-    sampling_floor: float = Field(
-        0.3, ge=0, le=1, description="part of a group's own share that no evaluation can take away"
-    )
-
-
-class TrainConfig(_Model):
+class TrainConfig(ConfigModel):
     """Everything that ``distill train`` needs."""
 
-    cache: str = Field(description="folder of the cache")
+    cache: str | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+        description="folder of the cache; or of several, which must be of one identity"
+    )
     student: str = Field(description="model folder or hub name")
-    student_layers: int | None = Field(None, ge=1, description="keep this many evenly spaced layers of the student")
+    student_layers: int | None = Field(None, ge=1, description="keep this many layers of the student")
+    layer_choice: Literal["even", "loss"] = Field(
+        "even", description="which ones: evenly spaced, or those whose absence harms the loss on cached targets most"
+    )
+    layer_positions: int = Field(1024, ge=1, description="cached positions on which layer_choice loss measures")
     out: str = Field(description="folder of the run; stages go into stage1, stage2, stage3")
     general: str = Field("general", description="domain that stage 1 trains on")
     domain: str = Field("medical", description="domain that stages 2 and 3 move to")
@@ -177,17 +217,37 @@ class TrainConfig(_Model):
     micro_batch_tokens: int = Field(4096, ge=2, description="tokens in one forward and backward pass")
     head_chunk: int = Field(512, ge=1, description="tokens whose logits exist at the same time")
     gradient_checkpointing: bool = False
+    packing: bool = Field(False, description="put short sequences into one row, each attending to itself alone")
+    parallel: Literal["auto", "ddp", "fsdp"] = Field(
+        "auto", description="under torchrun: a whole copy on each device, or a part of it; auto: as memory allows"
+    )
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = Field(
+        "adamw", description="8 bits: smaller moments, paged ones move to the host's memory; needs bitsandbytes"
+    )
+    quantise: Literal["none", "nf4"] = Field(
+        "none", description="nf4: the frozen base in 4 bits under LoRA (QLoRA); needs bitsandbytes"
+    )
     warmup: float = Field(0.1, ge=0, le=1, description="share of the steps that warm up")
     weight_decay: float = Field(0.01, ge=0)
     clip: float = Field(1.0, gt=0, description="largest gradient norm")
     seed: int = 42
     shard_window: int = Field(4, ge=1, description="shards whose rows are shuffled together and held in memory")
     wandb: bool = False
+    tensorboard: bool = Field(False, description="also write event files into RUN/stage<N>/tensorboard")
+    samples: int = Field(
+        2, ge=0, description="prompts of each domain that the student answers at each evaluation, for people to read"
+    )
+    sample_tokens: int = Field(64, ge=1, description="tokens of such an answer")
     allow_incomplete: bool = Field(False, description="train on the committed units of an unsealed cache")
     trust_remote_code: bool = False
     stages: dict[int, dict[str, Any]] = Field(
         default_factory=dict, description="stage number -> keys of StageConfig that differ from its defaults"
     )
+
+    @property
+    def caches(self) -> tuple[str, ...]:
+        """The folders of all caches."""
+        return (self.cache,) if isinstance(self.cache, str) else self.cache
 
     @model_validator(mode="after")
     def _stages_are_valid(self) -> "TrainConfig":
@@ -203,45 +263,14 @@ class TrainConfig(_Model):
         """The stage with its defaults filled in; ``shares`` written by the user replace the defaults whole."""
         if number not in (1, 2, 3):
             raise ValueError(f"there are stages 1, 2 and 3, no {number}")
-        defaults = _stage_defaults(self.general, self.domain)[number]
+        defaults = stage_defaults(self.general, self.domain)[number]
         given = dict(self.stages.get(number, {}))
         if isinstance(given.get("weights"), dict):
             given["weights"] = {**defaults["weights"], **given["weights"]}
         return StageConfig.model_validate({**defaults, **given})
 
 
-def _stage_defaults(general: str, domain: str) -> dict[int, dict[str, Any]]:
-    rising = {"schedule": "linear", "start": 0.3, "end": 0.7}
-    falling = {"schedule": "linear", "start": 0.7, "end": 0.3}
-    return {
-        1: {
-            "shares": {general: 1.0},
-            "temperature": 4.0,
-            "weights": {"kl": 0.9, "ce": 0.1},
-            "learning_rate": 5e-5,
-            "epochs": 3,
-            "batch_size": 16,
-        },
-        2: {
-            "shares": {general: falling, domain: rising},
-            "temperature": 2.0,
-            "weights": {"kl": 0.7, "ce": 0.3, "feature": 0.2, "contrastive": 0.1},
-            "learning_rate": 3e-5,
-            "epochs": 2,
-            "batch_size": 8,
-        },
-        3: {
-            "shares": {domain: 1.0},
-            "temperature": 1.0,
-            "weights": {"kl": 0.3, "ce": 0.7},
-            "learning_rate": 1e-5,
-            "epochs": 3,
-            "batch_size": 4,
-        },
-    }
-
-
-class JobConfig(_Model):
+class JobConfig(ConfigModel):
     """A configuration file: either half may be missing."""
 
     cache: CacheConfig | None = None

@@ -17,6 +17,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -100,16 +101,51 @@ class Bucket:
         """Delete an object that may be gone already."""
         self._call(name, lambda store, key: store.rm_file(key))
 
-    def names(self, folder: str) -> list[str]:
-        """Names of the objects below a folder, sorted."""
-        keys = self._call(folder, lambda store, key: store.find(key))
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Name -> bytes of the objects below a folder, sorted by name."""
+        listed = self._call(folder, lambda store, key: store.find(key, detail=True))
         below = f"{self._prefix}/{folder}/"  # some stores keep an object for the folder itself
-        return sorted(key.removeprefix(f"{self._prefix}/") for key in keys if key.startswith(below))
+        found = {
+            key.removeprefix(f"{self._prefix}/"): int(about["size"] or 0)
+            for key, about in listed.items()
+            if key.startswith(below) and not key.endswith("/")
+        }
+        return dict(sorted(found.items()))
+
+    def modified(self, folder: str) -> dict[str, tuple[int, float]]:
+        """Name -> bytes and time of modification, by the store's clock, of the objects below a folder."""
+        listed = self._call(folder, lambda store, key: store.find(key, detail=True))
+        below = f"{self._prefix}/{folder}/"
+        return {
+            key.removeprefix(f"{self._prefix}/"): (int(about["size"] or 0), about["LastModified"].timestamp())
+            for key, about in listed.items()
+            if key.startswith(below) and not key.endswith("/")
+        }
+
+    def uploads(self) -> list[tuple[str, str, float]]:
+        """Name, id and time of beginning of the uploads in parts that were neither ended nor given up."""
+        bucket, _, prefix = self._prefix.partition("/")
+        found: list[tuple[str, str, float]] = []
+        page: dict[str, Any] = {"IsTruncated": True}
+        while page.get("IsTruncated"):
+            marks = {name: page[f"Next{name}"] for name in ("KeyMarker", "UploadIdMarker") if page.get(f"Next{name}")}
+            page = self._call("", partial(_list_uploads, bucket=bucket, marks=marks))
+            for upload in page.get("Uploads", []):
+                key: str = upload["Key"].lstrip("/")
+                if key.startswith(f"{prefix}/"):
+                    name = key.removeprefix(f"{prefix}/")
+                    found.append((name, upload["UploadId"], upload["Initiated"].timestamp()))
+        return found
+
+    def abort_upload(self, name: str, upload_id: str) -> None:
+        """Give up an upload in parts, whose parts the store then forgets."""
+        bucket, _, prefix = self._prefix.partition("/")
+        arguments = {"Bucket": bucket, "Key": f"{prefix}/{name}", "UploadId": upload_id}
+        with contextlib.suppress(FileNotFoundError):
+            self._call(name, lambda store, _: store.call_s3("abort_multipart_upload", **arguments))
 
     def local_folder(self, folder: str) -> Path:
-        """A local folder with all objects of a folder."""
-        for name in self.names(folder):
-            self.fetch(name)
+        """A local folder with those objects of a folder that were fetched."""
         return self._local_folder() / folder
 
     @staticmethod
@@ -178,6 +214,11 @@ class Bucket:
             if self._opened is None:
                 self._opened = _open()
             return self._opened
+
+
+def _list_uploads(store: Any, _key: str, *, bucket: str, marks: dict[str, str]) -> dict[str, Any]:
+    page: dict[str, Any] = store.call_s3("list_multipart_uploads", Bucket=bucket, **marks)
+    return page
 
 
 def _open() -> Any:

@@ -40,12 +40,14 @@ def column_sizes(data: memoryview, metadata: pq.FileMetaData) -> dict[str, Colum
     for group in range(metadata.num_row_groups):
         for index in range(metadata.num_columns):
             chunk = metadata.row_group(group).column(index)
-            pages = list(_pages(data, chunk))
             known = sizes.get(chunk.path_in_schema, ColumnSize(num_values=0, num_bytes=0, has_dictionary=False))
+            num_values, num_bytes, has_dictionary = known.num_values, known.num_bytes, known.has_dictionary
+            for kind, count, page_bytes in _pages(data, chunk):  # no list: a file may be all pages
+                num_values += count if kind == _DATA_PAGE else 0
+                num_bytes += page_bytes
+                has_dictionary |= kind == _DICTIONARY_PAGE
             sizes[chunk.path_in_schema] = ColumnSize(
-                num_values=known.num_values + sum(count for kind, count, _ in pages if kind == _DATA_PAGE),
-                num_bytes=known.num_bytes + sum(num_bytes for _, _, num_bytes in pages),
-                has_dictionary=known.has_dictionary or any(kind == _DICTIONARY_PAGE for kind, _, _ in pages),
+                num_values=num_values, num_bytes=num_bytes, has_dictionary=has_dictionary
             )
     return sizes
 

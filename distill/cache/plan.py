@@ -3,13 +3,15 @@
     plan.json  (identity, sources, units)  ->  commits/<unit>.json  (one for each shard)  ->  manifest.json  (all of it)
                                                repairs/<number>.json  (units to be made again)
 
-``schemas/`` holds the JSON Schema of each, pinned to these models by a test.
+``schemas/`` holds the JSON Schema of each, pinned to these models by a test. A cache may have a hundred thousand units:
+what comes once for each is a slotted dataclass, which takes a sixth of a model's memory.
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass
 
 from distill.records import Split
 
@@ -17,10 +19,35 @@ FORMAT = "distill-cache"
 SCHEMA_VERSION = 1
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 UnitName = Annotated[str, Field(pattern=r"^[0-9]{5,}$")]
+_STRICT = ConfigDict(extra="forbid", json_schema_serialization_defaults_required=True)
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, json_schema_serialization_defaults_required=True)
+    model_config = ConfigDict(**_STRICT, frozen=True)
+
+
+def _optional(default: Any, description: str, **bounds: Any) -> Any:
+    return Field(default, description=description, exclude_if=lambda value: not value, **bounds)
+
+
+class Heads(_Model):
+    """Attention heads of one layer whose queries and keys are kept."""
+
+    layer: int = Field(ge=0)
+    heads: tuple[int, ...] = Field(min_length=1, description="query heads, rising")
+    kv_heads: tuple[int, ...] = Field(min_length=1, description="key heads that they attend with, each once, rising")
+    head_dim: int = Field(ge=1)
+
+
+class Generation(_Model):
+    """How the teacher wrote its own answers."""
+
+    temperature: float = Field(ge=0, description="0: always the likeliest token")
+    top_p: float = Field(gt=0, le=1)
+    num: int = Field(ge=1, description="answers to each prompt")
+    max_tokens: int = Field(ge=1)
+    thinking: bool
+    seed: int
 
 
 class Identity(_Model):
@@ -40,6 +67,14 @@ class Identity(_Model):
     temperatures: tuple[float, ...] = Field(min_length=1, description="order of log_z and log_tail")
     hidden_bytes: int = Field(ge=0, description="bytes for each position's projected hidden state; 0 keeps none")
     trust_remote_code: bool = Field(description="whether code of the teacher's folder ran")
+    # Absent where nothing was asked for, as in caches that were written before these could be.
+    num_samples: int = _optional(0, "ids drawn at each position at temperature 1", ge=0, le=2**15 - 1)
+    layers: tuple[Annotated[int, Field(ge=0)], ...] = _optional((), "inner layers kept, by their input")
+    layer_bytes: int = _optional(0, "bytes for each position's projected state of an inner layer", ge=0)
+    heads: tuple[Heads, ...] = _optional((), "attention heads whose queries and keys are kept")
+    generation: Generation | None = _optional(
+        None, "how the teacher wrote its answers; absent: they come with the data"
+    )
     schema_version: Literal[1] = 1
 
     @model_validator(mode="after")
@@ -61,6 +96,7 @@ class Recorded(_Model):
     command: str = ""
     kv_cache_dtype: str | None = None
     created: str = Field("", description="ISO 8601, UTC")
+    card: dict[str, str] = _optional({}, "for the README: license, teacher_license, data_license, notes")
 
 
 class Source(_Model):
@@ -73,15 +109,16 @@ class Source(_Model):
     split: Split | None = Field(None, description="null: a hash of each row decides")
 
 
-class Unit(_Model):
+@dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
+class Unit:
     """A slice of one source: input rows ``start`` to ``stop``, the latter not included."""
 
-    unit: str = Field(pattern=r"^[0-9]{5,}$")
-    source: int = Field(ge=0, description="index into sources")
+    unit: Annotated[str, Field(pattern=r"^[0-9]{5,}$")]
+    source: Annotated[int, Field(ge=0, description="index into sources")]
     domain: str
     split: Split | None
-    start: int = Field(ge=0)
-    stop: int = Field(ge=1)
+    start: Annotated[int, Field(ge=0)]
+    stop: Annotated[int, Field(ge=1)]
 
     @property
     def num_input_rows(self) -> int:
@@ -101,17 +138,15 @@ class Plan(_Model):
     units: tuple[Unit, ...]
 
 
-class Counts(_Model):
+@dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
+class Counts:
     """A number for each split."""
 
-    train: int = Field(0, ge=0)
-    eval: int = Field(0, ge=0)
+    train: Annotated[int, Field(ge=0)] = 0
+    eval: Annotated[int, Field(ge=0)] = 0
 
     def __getitem__(self, split: Split) -> int:
         return self.train if split == "train" else self.eval
-
-    def __add__(self, other: "Counts") -> "Counts":
-        return Counts(train=self.train + other.train, eval=self.eval + other.eval)
 
     @property
     def total(self) -> int:
@@ -119,27 +154,28 @@ class Counts(_Model):
         return self.train + self.eval
 
 
-class Commit(_Model):
+@dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
+class Commit:
     """``commits/<unit>.json``: makes one shard visible."""
 
     format: Literal["distill-cache"] = "distill-cache"
     schema_version: Literal[1] = 1
-    unit: str = Field(pattern=r"^[0-9]{5,}$")
+    unit: Annotated[str, Field(pattern=r"^[0-9]{5,}$")]
     domain: str
-    generation: int = Field(1, ge=1, description="above 1: made for the repair of that number")
-    nonce: str = Field(pattern=r"^[0-9a-f]{16}$", description="names the writer's files")
-    shard: str = Field(description="path below the cache's folder")
+    generation: Annotated[int, Field(ge=1, description="above 1: made for the repair of that number")] = 1
+    nonce: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$", description="names the writer's files")]
+    shard: Annotated[str, Field(description="path below the cache's folder")]
     sha256: Sha256
-    num_bytes: int = Field(ge=1, description="size of the shard")
-    num_decoded_bytes: int = Field(ge=0, description="size of the shard's columns in memory")
+    num_bytes: Annotated[int, Field(ge=1, description="size of the shard")]
+    num_decoded_bytes: Annotated[int, Field(ge=0, description="size of the shard's columns in memory")]
     num_rows: Counts
     num_targets: Counts
-    num_trained: Counts = Field(description="targets that the loss mask keeps")
-    num_input_rows: int = Field(ge=0)
-    num_rejects: int = Field(ge=0)
-    rejects: str | None = Field(description="path below the cache's folder; null: none")
+    num_trained: Annotated[Counts, Field(description="targets that the loss mask keeps")]
+    num_input_rows: Annotated[int, Field(ge=0)]
+    num_rejects: Annotated[int, Field(ge=0)]
+    rejects: Annotated[str | None, Field(description="path below the cache's folder; null: none")]
     rejects_sha256: Sha256 | None
-    projection_sha256: Sha256 | None = Field(description="null: the cache keeps no hidden states")
+    projection_sha256: Annotated[Sha256 | None, Field(description="null: the cache keeps no hidden states")]
 
 
 class Repair(_Model):
@@ -201,10 +237,14 @@ def plan_units(sources: Sequence[Source], unit_rows: int) -> list[Unit]:
 def total(commits: Sequence[Commit]) -> Totals:
     """Sums over ``commits``."""
     return Totals(
-        num_rows=sum((commit.num_rows for commit in commits), Counts()),
-        num_targets=sum((commit.num_targets for commit in commits), Counts()),
-        num_trained=sum((commit.num_trained for commit in commits), Counts()),
+        num_rows=_sum([commit.num_rows for commit in commits]),
+        num_targets=_sum([commit.num_targets for commit in commits]),
+        num_trained=_sum([commit.num_trained for commit in commits]),
         num_input_rows=sum(commit.num_input_rows for commit in commits),
         num_rejects=sum(commit.num_rejects for commit in commits),
         num_bytes=sum(commit.num_bytes for commit in commits),
     )
+
+
+def _sum(counts: Sequence[Counts]) -> Counts:
+    return Counts(train=sum(count.train for count in counts), eval=sum(count.eval for count in counts))

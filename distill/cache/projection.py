@@ -9,14 +9,16 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from distill.cache import tensors
+from distill.cache import attention, inner, tensors
+from distill.cache.attention import AttentionSpec
+from distill.cache.inner import InnerProjection
 from distill.errors import CorruptionError
 
 CLIPS = {2: 2.0, 4: 3.2, 6: 4.0, 8: 5.0}  # clip in standard deviations for each width
@@ -25,6 +27,8 @@ ZERO_POINT = -0.5  # value = (q - ZERO_POINT) * step: no level stands at 0
 _DISTORTION = {0: 1.0, 2: 0.1189, 4: 0.01371, 6: 0.00131, 8: 0.000127}
 _SMALLEST = 1e-9  # eigenvalues below this share of the largest are rounding noise
 FORMAT = "distill-projection"
+# What reading numbers out of text that anybody may have written can raise.
+_UNREADABLE = (KeyError, ValueError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +121,7 @@ class Projection:
     """What a cache keeps of the projection: all that quantising and rebuilding need.
 
     Tail logits are ``basis_VR @ c + bias_V``, then the soft cap where the teacher has one, times ``logit_scale``.
+    ``layers`` and ``attention`` belong to the inner layers and the attention heads that the cache keeps, if any.
     """
 
     mean_D: NDArray[np.float32]
@@ -128,6 +133,8 @@ class Projection:
     logit_scale: float
     soft_cap: float | None
     explained: float  # share of the logit variance that the coordinates carry
+    layers: dict[int, InnerProjection] = field(default_factory=dict)
+    attention: dict[int, AttentionSpec] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
@@ -174,6 +181,8 @@ class Projection:
             "explained": repr(self.explained),
             "logit_scale": repr(self.logit_scale),
             "soft_cap": json.dumps(self.soft_cap),
+            **inner.to_metadata(self.layers),
+            **attention.to_metadata(self.attention),
         }
         arrays: dict[str, NDArray[Any]] = {
             "mean": self.mean_D.astype(np.float32),
@@ -181,6 +190,8 @@ class Projection:
             "basis": self.basis_VR.astype(np.float16),
             "bias": self.bias_V.astype(np.float32),
             "variance": self.variance_R.astype(np.float32),
+            **inner.to_arrays(self.layers),
+            **attention.to_arrays(self.attention),
         }
         return tensors.dump(arrays, metadata)
 
@@ -198,12 +209,14 @@ class Projection:
                 variance_R=arrays["variance"],
                 widths=widths,
                 logit_scale=float(metadata["logit_scale"]),
-                soft_cap=json.loads(metadata["soft_cap"]),
+                soft_cap=_number_or_none(metadata["soft_cap"]),
                 explained=float(metadata["explained"]),
+                layers=inner.from_file(arrays, metadata),
+                attention=attention.from_file(arrays, metadata),
             )
             clips = {int(bits): clip for bits, clip in json.loads(metadata["clips"]).items()}
             version = (metadata["format"], metadata["schema_version"], float(metadata["zero_point"]))
-        except (KeyError, ValueError, TypeError) as error:
+        except _UNREADABLE as error:
             raise CorruptionError(
                 f"projection.safetensors lacks or garbles {error}. Restore it from a copy."
             ) from error
@@ -216,7 +229,7 @@ def widths_of(path: Path) -> tuple[tuple[int, int], ...]:
     metadata = tensors.read_metadata(path)
     try:
         return tuple((int(bits), int(count)) for bits, count in json.loads(metadata["widths"]))
-    except (KeyError, ValueError, TypeError) as error:
+    except _UNREADABLE as error:
         raise CorruptionError(f"{path} does not state its widths. Restore it from a copy.") from error
 
 
@@ -231,16 +244,22 @@ def _check(projection: Projection, *, clips: dict[int, float], version: tuple[st
             f"projection.safetensors says format, version, zero point {version} and clips {clips}, which this version "
             "of distill does not write. Use the version that wrote the cache, or restore the file from a copy."
         )
-    num_vocab, rank = projection.basis_VR.shape
-    shapes = {
-        "mean": (projection.mean_D.shape, projection.down_RD.shape[1:]),
-        "down": (projection.down_RD.shape[:1], (projection.rank,)),
-        "basis": ((rank,), (projection.rank,)),
-        "bias": (projection.bias_V.shape, (num_vocab,)),
-        "variance": (projection.variance_R.shape, (projection.rank,)),
+    rank = projection.rank
+    arrays: dict[str, tuple[NDArray[Any], Any, tuple[int, ...]]] = {
+        "mean": (projection.mean_D, np.float32, projection.down_RD.shape[-1:]),
+        "down": (projection.down_RD, np.float32, (rank, *projection.mean_D.shape)),
+        "basis": (projection.basis_VR, np.float16, (*projection.bias_V.shape, rank)),
+        "bias": (projection.bias_V, np.float32, projection.basis_VR.shape[:1]),
+        "variance": (projection.variance_R, np.float32, (rank,)),
     }
-    for name, (found, wanted) in shapes.items():
-        if found != wanted:
+    for name, (values, dtype, shape) in arrays.items():
+        if (values.dtype, values.shape, values.ndim) != (dtype, shape, 2 if name in ("down", "basis") else 1):
             raise CorruptionError(
-                f"projection.safetensors: '{name}' has shape {found} where {wanted} is due. Restore it from a copy."
+                f"projection.safetensors: '{name}' has shape {values.shape} and type {values.dtype} where {shape} and "
+                f"{np.dtype(dtype)} are due. Restore it from a copy."
             )
+
+
+def _number_or_none(text: str) -> float | None:
+    value = json.loads(text)
+    return None if value is None else float(value)

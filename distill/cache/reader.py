@@ -6,6 +6,7 @@ commit record does not name, nothing outside the folder, and no more than the re
 
 import errno
 import hashlib
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pyarrow.parquet as pq
 from distill.cache import document, generations, storage
 from distill.cache.codec import decode
 from distill.cache.identity import file_hash
+from distill.cache.manifest import load_manifest
 from distill.cache.plan import Commit, Identity, Manifest, Plan, Recorded, Source
 from distill.cache.projection import Projection, widths_of
 from distill.cache.schema import Layout, row_schema
@@ -32,6 +34,9 @@ _REMAKE = (
     "command again, which seals it anew."
 )
 _RESTORE = "Restore it from a copy."
+_LARGEST = 2**50  # bytes of a shard, folded or not: sums of such sizes fit 64 bits
+_LARGEST_FOOTER = 2**18  # bytes; one row group takes a few thousand
+_PARQUET_END = 8  # bytes: length of the footer, and four of a mark
 
 
 class CacheReader:
@@ -41,12 +46,14 @@ class CacheReader:
         self, root: storage.Root, description: Plan | Manifest, commits: tuple[Commit, ...], *, sealed: bool
     ) -> None:
         self.root = root
+        self.description = description
         self.identity: Identity = description.identity
         self.recorded: Recorded = description.recorded
         self.sources: tuple[Source, ...] = description.sources
         self.commits = commits
         self.num_units = len(description.units) if isinstance(description, Plan) else len(commits)  # planned
         self.sealed = sealed
+        self.files = description.files if isinstance(description, Manifest) else {}  # others', with their SHA-256
         self._footers: dict[str, pq.FileMetaData] = {}  # of shards whose SHA-256 was right
         self._projection: Projection | None = None
 
@@ -60,13 +67,19 @@ class CacheReader:
         root = storage.root_of(path)
         generation = generations.current(root)
         try:
-            manifest = document.load(Manifest, root, generation.manifest_name, fix=_REMAKE)
+            manifest = load_manifest(root, generation.manifest_name, fix=_REMAKE)
         except FileNotFoundError:
             return _open_unsealed(root, generation, allow_incomplete=allow_incomplete)
+        _refuse_impossible(root, manifest.commits)
         return CacheReader(root, manifest, manifest.commits, sealed=True)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_footers": {}, "_projection": None}
+
+    @property
+    def where(self) -> str:
+        """What is read, for messages."""
+        return str(self.root)
 
     @property
     def top_k(self) -> int:
@@ -82,6 +95,11 @@ class CacheReader:
     def hidden_bytes(self) -> int:
         """Bytes of a position's projected hidden state; 0: none is kept."""
         return self.identity.hidden_bytes
+
+    @property
+    def why_no_hidden(self) -> str:
+        """Why ``hidden_bytes`` is 0, as the end of a sentence that begins with ``where``."""
+        return "was made with hidden_bytes 0"
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -100,18 +118,21 @@ class CacheReader:
         Raises CorruptionError when the file is missing or not the one that the commits name.
         """
         if self._projection is None and self.hidden_bytes:
-            path = storage.inside(self.root, "projection.safetensors")
-            try:
-                data = storage.read(path)
-            except FileNotFoundError as error:
-                raise CorruptionError(f"{self.root}/projection.safetensors is missing. {_RESTORE}") from error
-            if {commit.projection_sha256 for commit in self.commits} - {hashlib.sha256(data).hexdigest()}:
-                raise CorruptionError(
-                    f"{self.root}/projection.safetensors is not the projection that the units were made with. "
-                    f"{_RESTORE}"
-                )
-            self._projection = Projection.from_bytes(data)
+            self._projection = Projection.from_bytes(self.projection_bytes())
         return self._projection
+
+    def projection_bytes(self) -> bytes:
+        """The projection's file. Raises as ``projection`` does."""
+        path = storage.inside(self.root, "projection.safetensors")
+        try:
+            data = storage.read(path)
+        except FileNotFoundError as error:
+            raise CorruptionError(f"{self.root}/projection.safetensors is missing. {_RESTORE}") from error
+        if {commit.projection_sha256 for commit in self.commits} - {hashlib.sha256(data).hexdigest()}:
+            raise CorruptionError(
+                f"{self.root}/projection.safetensors is not the projection that the units were made with. {_RESTORE}"
+            )
+        return data
 
     @cached_property
     def layout(self) -> Layout:
@@ -141,6 +162,18 @@ class CacheReader:
             f"or make another cache with --temperatures {temperature:g},… ."
         )
 
+    def require_shards(self) -> None:
+        """Look whether every shard is there and as long as it was committed; nothing of it is read.
+
+        Raises CorruptionError, with unit and file, when one is not.
+        """
+        sizes = storage.sizes(self.root, "shards")
+        for commit in self.commits:
+            found = sizes.get(commit.shard)
+            if found != commit.num_bytes:
+                problem = "is missing" if found is None else f"has {found} bytes, its record says {commit.num_bytes}"
+                raise CorruptionError(f"unit {commit.unit}: {self.root}/{commit.shard} {problem}. {_REPAIR}")
+
     def read_unit(self, commit: Commit, *, columns: list[str] | None = None) -> pa.Table:
         """The rows of a unit, train rows first; all columns or the named ones.
 
@@ -158,11 +191,18 @@ class CacheReader:
             footer = self._verified_footer(commit, path)
             groups = groups_of(footer, num_train=commit.num_rows.train, split=split)
             with open_shard(path, footer) as file:
-                return file.read_row_groups(groups, columns=columns, use_threads=False)
-        except (OSError, pa.ArrowException) as error:
+                table = file.read_row_groups(groups, columns=columns, use_threads=False)
+        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:  # the latter: of a column's name
             if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT, errno.ENOTDIR):
-                raise StorageError(f"unit {commit.unit}: cannot read {where}: {error.strerror}.") from error
+                raise StorageError(
+                    f"unit {commit.unit}: cannot read {where}: {error.strerror}. Check the disk and your rights there, "
+                    "then run again."
+                ) from error
             raise CorruptionError(f"unit {commit.unit}: {where} cannot be read: {error}. {_REPAIR}") from error
+        problem = _labels_problem(table, commit)
+        if problem:
+            raise CorruptionError(f"unit {commit.unit}: {where} {problem}. {_REPAIR}")
+        return table
 
     def _verified_footer(self, commit: Commit, path: Path) -> pq.FileMetaData:
         """The shard's footer, after its size, SHA-256, columns and memory bounds proved right: once for each reader."""
@@ -183,10 +223,51 @@ class CacheReader:
             return None, f"it has {num_bytes} bytes, its record says {commit.num_bytes}"
         if file_hash(path) != commit.sha256:
             return None, "its SHA-256 is another"
+        footer_bytes = _footer_bytes(path)
+        if footer_bytes > commit.num_decoded_bytes + _LARGEST_FOOTER:
+            return None, f"its footer has {footer_bytes} bytes, its record says {commit.num_decoded_bytes} for all rows"
         with open_shard(path) as file:
             if not file.schema_arrow.equals(row_schema(self.layout)):
                 return None, "its columns are not those of this cache"
             return file.metadata, bounds_problem(path, file.metadata, commit, self.layout)
+
+
+def _footer_bytes(path: Path) -> int:
+    """Length of a Parquet file's footer as the file's end states it."""
+    with path.open("rb") as file:
+        file.seek(max(path.stat().st_size - _PARQUET_END, 0))
+        return int.from_bytes(file.read(4), "little")
+
+
+def _labels_problem(table: pa.Table, commit: Commit) -> str | None:
+    """A unit's rows share one domain and two splits: a long text that all rows point to would unfold with every row."""
+    for name, allowed in (("domain", {commit.domain}), ("split", {"train", "eval"})):
+        if name not in table.column_names:
+            continue
+        if any(set(chunk.dictionary.to_pylist()) - allowed for chunk in table.column(name).chunks):
+            return f"holds rows of another {name} than its record"
+    return None
+
+
+def _refuse_impossible(root: storage.Root, commits: Sequence[Commit]) -> None:
+    """Refuse a unit or shard that is named twice, and counts that no shard of such a size can have."""
+    for name in ("unit", "shard"):
+        if len({getattr(commit, name) for commit in commits}) < len(commits):
+            raise CorruptionError(f"{root}: two records name the same {name}, so rows would come twice. {_RESTORE}")
+    for commit in commits:
+        rows, targets, trained = commit.num_rows, commit.num_targets, commit.num_trained
+        if (
+            commit.num_bytes > _LARGEST
+            or commit.num_decoded_bytes > _LARGEST
+            or rows.total > commit.num_bytes
+            or targets.total > commit.num_decoded_bytes
+            or trained.train > targets.train
+            or trained.eval > targets.eval
+        ):
+            raise CorruptionError(
+                f"{root}: the record of unit {commit.unit} claims {rows.total} rows, {targets.total} targets and "
+                f"{trained.total} trained ones in {commit.num_bytes} bytes, which no shard can hold. {_REPAIR}"
+            )
 
 
 def _open_unsealed(root: storage.Root, generation: generations.Generations, *, allow_incomplete: bool) -> CacheReader:
@@ -203,6 +284,7 @@ def _open_unsealed(root: storage.Root, generation: generations.Generations, *, a
             commits.append(document.load(Commit, root, generation.commit_name(unit.unit), fix=_REPAIR))
         except FileNotFoundError:
             continue
+    _refuse_impossible(root, commits)
     if not allow_incomplete:
         raise DataError(
             f"{root} is incomplete: {len(commits)} of {len(plan.units)} units are committed"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distill.cache.codec import ROUNDING
+from distill.cache.codec import ROUNDING, sampled_starts
 from distill.cache.plan import Identity
 from distill.cache.schema import Layout
 from distill.records import Prompt, SequenceTargets, Targets
@@ -32,6 +32,10 @@ def _shape_problem(row: SequenceTargets, layout: Layout) -> str | None:
     num, targets = row.prompt.num_targets, row.targets
     if set(targets.hidden) != {bits for bits, _ in layout.widths}:
         return f"hidden states of {sorted(targets.hidden)} bits, not of {sorted(bits for bits, _ in layout.widths)}"
+    if set(targets.layers) != {name for name, _ in layout.layer_columns}:
+        return f"inner layers {sorted(targets.layers)}, not {sorted(name for name, _ in layout.layer_columns)}"
+    if (targets.sampled_counts is not None) != bool(layout.num_samples):
+        return f"{'no' if layout.num_samples else 'unasked for'} sampled ids"
     shapes: list[tuple[str, NDArray[Any], tuple[int, ...]]] = [
         ("loss_mask", row.prompt.loss_mask, (num,)),
         ("topk_ids", targets.topk_ids, (num, layout.top_k)),
@@ -40,6 +44,7 @@ def _shape_problem(row: SequenceTargets, layout: Layout) -> str | None:
         ("log_tail", targets.log_tail, (num, len(layout.temperatures))),
         ("entropy", targets.entropy, (num,)),
         *((f"hidden_{bits}", targets.hidden[bits], (num, count)) for bits, count in layout.widths),
+        *((name, targets.layers[name], (num, count)) for name, count in layout.layer_columns),
     ]
     return next(
         (f"{name} of shape {array.shape}, not {shape}" for name, array, shape in shapes if array.shape != shape), None
@@ -70,8 +75,22 @@ def _value_checks(targets: Targets, identity: Identity) -> Iterator[tuple[bool, 
     for bits, values in targets.hidden.items():
         half = 2 ** (bits - 1)
         yield values.min() < -half or values.max() >= half, f"hidden_{bits} outside {bits} bits"
+    for name, inner in targets.layers.items():
+        yield not np.isfinite(inner).all(), f"NaN or infinity in {name}"
+    yield from _sampled_checks(targets, identity)
     sorted_ids = np.sort(ids, axis=1)
     yield bool((sorted_ids[:, 1:] == sorted_ids[:, :-1]).any()), "the same id twice in topk_ids"
+
+
+def _sampled_checks(targets: Targets, identity: Identity) -> Iterator[tuple[bool, str]]:
+    ids, counts = targets.sampled_ids, targets.sampled_counts
+    if ids is None or counts is None:
+        return
+    yield len(ids) != len(counts), f"{len(ids)} sampled_ids with {len(counts)} counts"
+    starts = sampled_starts(counts, identity.num_samples)
+    yield len(starts) != len(targets.topk_ids), f"sampled_counts that are not {identity.num_samples} at each position"
+    outside = bool(len(ids)) and (ids.min() < 0 or ids.max() >= identity.vocab_size)
+    yield bool(outside), f"sampled_ids outside the vocabulary of {identity.vocab_size}"
 
 
 def _mass_problem(targets: Targets, temperatures: tuple[float, ...]) -> str | None:

@@ -13,6 +13,7 @@ import pyarrow as pa
 from distill.cache.plan import FORMAT, SCHEMA_VERSION, Identity
 
 METADATA_KEY = b"distill"
+_SAMPLED = {"sampled_ids": pa.int32(), "sampled_counts": pa.int16()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,11 +23,31 @@ class Layout:
     top_k: int
     temperatures: tuple[float, ...]
     widths: tuple[tuple[int, int], ...]  # (bits, coordinates), bits downwards; empty: no hidden states
+    num_samples: int = 0  # ids drawn at each position; 0: no sampled columns
+    layer_columns: tuple[tuple[str, int], ...] = ()  # (layer<i>_…, values for each target)
 
     @staticmethod
     def of(identity: Identity, widths: tuple[tuple[int, int], ...]) -> "Layout":
         """The layout of a cache: its identity, and the widths of its projection."""
-        return Layout(top_k=identity.top_k, temperatures=identity.temperatures, widths=widths)
+        return Layout(
+            top_k=identity.top_k,
+            temperatures=identity.temperatures,
+            widths=widths,
+            num_samples=identity.num_samples,
+            layer_columns=layer_columns(identity),
+        )
+
+
+def layer_columns(identity: Identity) -> tuple[tuple[str, int], ...]:
+    """Columns of inner layers, and how many values each has for a target: states, then queries and keys."""
+    states = [(f"layer{layer}_hidden", identity.layer_bytes) for layer in identity.layers]
+    heads = [
+        (f"layer{kept.layer}_{name}", count * size)
+        for kept in identity.heads
+        for side, count in (("q", len(kept.heads)), ("k", len(kept.kv_heads)))
+        for name, size in ((side, kept.head_dim), (f"{side}_scale", 1))
+    ]
+    return (*states, *heads)
 
 
 def row_schema(layout: Layout) -> pa.Schema:
@@ -49,6 +70,8 @@ def row_schema(layout: Layout) -> pa.Schema:
         ("log_z", list_of(pa.float32())),
         ("log_tail", list_of(pa.float32())),
         *((f"hidden_{bits}", list_of(pa.int8())) for bits, _ in layout.widths),
+        *((name, list_of(kind)) for name, kind in _SAMPLED.items() if layout.num_samples),
+        *((name, list_of(_layer_kind(name))) for name, _ in layout.layer_columns),
         ("entropy", list_of(pa.float32())),
     ]
     about = {
@@ -57,10 +80,16 @@ def row_schema(layout: Layout) -> pa.Schema:
         "top_k": layout.top_k,
         "temperatures": list(layout.temperatures),
         "widths": [list(pair) for pair in layout.widths],
+        "num_samples": layout.num_samples,
+        "layer_columns": [list(pair) for pair in layout.layer_columns],
     }
     return pa.schema(
         [pa.field(name, kind, nullable=False) for name, kind in columns], metadata={METADATA_KEY: json.dumps(about)}
     )
+
+
+def _layer_kind(name: str) -> pa.DataType:
+    return pa.float32() if name.endswith("_scale") else pa.int8()
 
 
 def list_of(kind: pa.DataType) -> pa.DataType:
@@ -78,23 +107,32 @@ def layout_of(schema: pa.Schema) -> Layout | None:
         top_k=int(about["top_k"]),
         temperatures=tuple(float(value) for value in about["temperatures"]),
         widths=tuple((int(bits), int(count)) for bits, count in about["widths"]),
+        num_samples=int(about.get("num_samples", 0)),
+        layer_columns=tuple((str(name), int(count)) for name, count in about.get("layer_columns", [])),
     )
 
 
 def parquet_options(layout: Layout) -> dict[str, Any]:
     """Options of ``pyarrow.parquet``. They name the leaves: an option for a list's own name is silently ignored."""
+    inner = [name for name, _ in layout.layer_columns]
+    small = [f"hidden_{bits}" for bits, _ in layout.widths] + [name for name in inner if _layer_kind(name) == pa.int8()]
+    small += ["sampled_counts"] if layout.num_samples else []
+    floats = ["topk_logprobs", "log_z", "log_tail", "entropy", *(name for name in inner if name not in small)]
     return {
         "compression": "zstd",
         "compression_level": 3,
         "write_page_checksum": True,
-        "use_dictionary": ["domain", "split", *(f"hidden_{bits}.list.element" for bits, _ in layout.widths)],
-        "use_byte_stream_split": [f"{name}.list.element" for name in ("topk_logprobs", "log_z", "log_tail", "entropy")],
+        "use_dictionary": ["domain", "split", *(f"{name}.list.element" for name in small)],
+        "use_byte_stream_split": [f"{name}.list.element" for name in floats],
         "write_statistics": ["domain", "split", "source"],
     }
 
 
 def values_per_row(layout: Layout) -> dict[str, tuple[int, int]]:
-    """List column -> (values for each target, values for each row beside them)."""
+    """List column -> (values for each target, values for each row beside them).
+
+    The sampled columns are not among them: how many different ids a position drew is in their counts.
+    """
     return {
         "input_ids": (1, 1),
         "loss_mask": (1, 0),
@@ -103,5 +141,6 @@ def values_per_row(layout: Layout) -> dict[str, tuple[int, int]]:
         "log_z": (len(layout.temperatures), 0),
         "log_tail": (len(layout.temperatures), 0),
         **{f"hidden_{bits}": (count, 0) for bits, count in layout.widths},
+        **{name: (count, 0) for name, count in layout.layer_columns},
         "entropy": (1, 0),
     }

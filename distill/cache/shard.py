@@ -11,7 +11,7 @@ from typing import BinaryIO
 import pyarrow.parquet as pq
 
 from distill.cache import pages
-from distill.cache.codec import encode
+from distill.cache.codec import SAMPLED, encode
 from distill.cache.plan import Commit
 from distill.cache.schema import Layout, parquet_options, row_schema, values_per_row
 from distill.records import SequenceTargets, Split
@@ -68,25 +68,34 @@ def bounds_problem(path: Path, metadata: pq.FileMetaData, commit: Commit, layout
     """
     if metadata.num_rows != commit.num_rows.total:
         return f"it has {metadata.num_rows} rows, its record {commit.num_rows.total}"
+    try:
+        sizes = _column_sizes(path, metadata)
+    except pages.MalformedError as error:
+        return str(error)
+    num_bytes = sum(size.num_bytes for size in sizes.values())
+    if num_bytes > 2 * commit.num_decoded_bytes + _SLACK:
+        return f"it unfolds to {num_bytes} bytes, its record says {commit.num_decoded_bytes}"
+    problems = (_column_problem(name, size, commit, layout) for name, size in sizes.items())
+    return next((problem for problem in problems if problem), None)
+
+
+def _column_sizes(path: Path, metadata: pq.FileMetaData) -> dict[str, pages.ColumnSize]:
     with (
         path.open("rb") as file,
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
         memoryview(data) as view,
     ):
-        try:
-            sizes = pages.column_sizes(view, metadata)
-        except pages.MalformedError as error:
-            return str(error)
-    num_bytes = sum(size.num_bytes for size in sizes.values())
-    if num_bytes > 2 * commit.num_decoded_bytes + _SLACK:
-        return f"it unfolds to {num_bytes} bytes, its record says {commit.num_decoded_bytes}"
-    wanted = {
-        f"{name}.list.element": per_target * commit.num_targets.total + extra_per_row * commit.num_rows.total
-        for name, (per_target, extra_per_row) in values_per_row(layout).items()
-    }
-    for name, size in sizes.items():
-        if size.has_dictionary and name not in parquet_options(layout)["use_dictionary"]:
-            return f"column {name} unfolds from a dictionary"
-        if name in wanted and size.num_values != wanted[name]:
-            return f"column {name} has {size.num_values} values, its record {wanted[name]}"
+        return pages.column_sizes(view, metadata)
+
+
+def _column_problem(leaf: str, size: pages.ColumnSize, commit: Commit, layout: Layout) -> str | None:
+    if size.has_dictionary and leaf not in parquet_options(layout)["use_dictionary"]:
+        return f"column {leaf} unfolds from a dictionary"
+    name, num_targets = leaf.removesuffix(".list.element"), commit.num_targets.total
+    if name in SAMPLED and not num_targets <= size.num_values <= layout.num_samples * num_targets:
+        return f"column {leaf} has {size.num_values} values, more or less than its record can have"
+    per_target, extra_per_row = values_per_row(layout).get(name, (0, 0))
+    wanted = per_target * num_targets + extra_per_row * commit.num_rows.total
+    if per_target and size.num_values != wanted:
+        return f"column {leaf} has {size.num_values} values, its record {wanted}"
     return None

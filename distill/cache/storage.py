@@ -15,6 +15,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*"
 # pathlib folds the two slashes of a URL into one
 _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/{1,2}(?P<rest>.*)")
 Root = Path | Bucket
+_LARGEST_READ = 2**32  # bytes; a projection of 4096 coordinates over 256,000 ids takes half of it
 TEMPORARY = ".partial"  # suffix of a file that is being written
 
 
@@ -56,11 +58,12 @@ def local_root(path: str | Path) -> Path:
 def inside(root: Root, name: str) -> Path:
     """The path of ``name`` below ``root``; of a bucket, of a local copy, if there is such an object.
 
-    Raises CorruptionError when the name could lead elsewhere: absolute, with "..", a URL, or through a symbolic link.
+    Raises CorruptionError when the name could lead elsewhere: absolute, with "..", a URL, or through a symbolic link;
+    and for what is neither a file nor a folder, since reading a pipe never ends.
     """
     if not _NAME.fullmatch(name):
         raise CorruptionError(
-            f"{root} names the file '{name}', which may lie outside its folder. A cache never does: do not use it, and "
+            f"{root} names the file {name!r}, which may lie outside its folder. A cache never does: do not use it, and "
             "ask for a clean copy."
         )
     if isinstance(root, Bucket):
@@ -68,11 +71,23 @@ def inside(root: Root, name: str) -> Path:
     path = root
     for part in name.split("/"):
         path = path / part
-        if path.is_symlink():
-            raise CorruptionError(
-                f"{path} is a symbolic link. The files of a cache lie in its own folder: replace the link by the file."
-            )
+        refuse_strange(path)
     return path
+
+
+def refuse_strange(path: Path) -> None:
+    """Raise CorruptionError for a symbolic link, a pipe, a socket or a device; a missing file is fine."""
+    try:
+        mode = path.lstat().st_mode
+    except OSError:  # missing, or below a file: who reads it will say so
+        return
+    if stat.S_ISLNK(mode):
+        raise CorruptionError(
+            f"{path} is a symbolic link. What belongs to a cache or a checkpoint lies in its own folder: replace the "
+            "link by the file."
+        )
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise CorruptionError(f"{path} is neither a file nor a folder. Delete it, and restore the file from a copy.")
 
 
 def create(root: Root, name: str, data: bytes) -> bool:
@@ -111,29 +126,61 @@ def delete(root: Root, name: str) -> None:
     if isinstance(root, Bucket):
         root.remove(name)
     else:
-        remove(root / name)  # names of temporary files begin with a dot
+        parent, _, file = name.rpartition("/")  # names of temporary files begin with a dot
+        remove((inside(root, parent) if parent else root) / file)
+
+
+def sizes(root: Root, folder: str) -> dict[str, int]:
+    """Name -> bytes of all files below a folder of a cache, sorted. Raises CorruptionError as ``inside`` does."""
+    if isinstance(root, Bucket):
+        return root.sizes(folder)
+    found = {}
+    for path in sorted(inside(root, folder).rglob("*")):
+        with contextlib.suppress(FileNotFoundError):  # other writers tidy up
+            status = path.stat()
+            if stat.S_ISREG(status.st_mode):
+                found[path.relative_to(root).as_posix()] = status.st_size
+    return found
 
 
 def names(root: Root, folder: str) -> list[str]:
-    """Names of all files below a folder of a cache, sorted."""
-    if isinstance(root, Bucket):
-        return root.names(folder)
-    return sorted(path.relative_to(root).as_posix() for path in (root / folder).rglob("*") if path.is_file())
+    """Names of all files below a folder of a cache, sorted. Raises CorruptionError as ``inside`` does."""
+    return list(sizes(root, folder))
 
 
 def folder(root: Root, name: str) -> Path:
-    """A local folder with all files of a folder of a cache."""
-    return root.local_folder(name) if isinstance(root, Bucket) else root / name
+    """A local folder with all files of a folder of a cache. Raises CorruptionError where one could lead elsewhere."""
+    if isinstance(root, Bucket):
+        for found in root.sizes(name):
+            inside(root, found)
+        return root.local_folder(name)
+    below = inside(root, name)
+    for path in below.rglob("*"):
+        refuse_strange(path)
+    return below
 
 
 def read(path: Path) -> bytes:
-    """Content of a file. Raises FileNotFoundError where there is none, StorageError where it cannot be read."""
+    """Content of a file. Raises FileNotFoundError where there is none, StorageError where it cannot be read.
+
+    Raises CorruptionError as ``refuse_huge`` does.
+    """
     try:
+        refuse_huge(path)
         return path.read_bytes()
     except FileNotFoundError:
         raise
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error.strerror}. Check the path and its rights.") from error
+
+
+def refuse_huge(path: Path) -> None:
+    """Raise CorruptionError for a file larger than any of a cache that is read whole, FileNotFoundError without one.
+
+    A sparse file of a terabyte costs nobody a disk, and its reader an hour or all memory.
+    """
+    if path.stat().st_size > _LARGEST_READ:
+        raise CorruptionError(f"{path} is far larger than such a file ever is. Restore it from a copy.")
 
 
 def create_once(path: Path, data: bytes) -> bool:
@@ -142,7 +189,7 @@ def create_once(path: Path, data: bytes) -> bool:
     Raises StorageError when the disk refuses.
     """
     with _storage_errors(path, need=len(data)):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(path.parent)
         temporary = _temporary(path)
         try:
             _write_synced(temporary, lambda file: file.write(data))
@@ -163,7 +210,7 @@ def write(path: Path, fill: Callable[[BinaryIO], object], *, need: int) -> str:
     disk. Raises StorageError when the disk refuses.
     """
     with _storage_errors(path, need=need):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(path.parent)
         temporary = _temporary(path)
         try:
             sha256 = _write_synced(temporary, fill)
@@ -190,6 +237,16 @@ def require_writable(root: Root) -> None:
             f"{root} cannot be written: it is read-only for you. Give yourself the right to write there, mount it "
             "for writing, or change --out."
         )
+
+
+def _make_folder(folder: Path) -> None:
+    """A folder whose name survives a power cut: what is synced into it would be lost with it."""
+    if folder.is_dir():
+        return
+    _make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    with contextlib.suppress(PermissionError):  # one may make folders where one may not list them
+        sync(folder.parent)
 
 
 def _temporary(path: Path) -> Path:

@@ -14,6 +14,7 @@ import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
 
+from distill.cache import storage
 from distill.errors import CorruptionError
 
 _LENGTH_BYTES = 8  # a safetensors file opens with the length of its JSON header, 64 bits little endian
@@ -54,6 +55,7 @@ def read_metadata(path: Path) -> dict[str, str]:
     Raises CorruptionError when the file is missing or damaged.
     """
     try:
+        storage.refuse_huge(path)
         with safetensors.safe_open(path, "np") as file:
             return dict(file.metadata() or {})
     except (OSError, safetensors.SafetensorError) as error:

@@ -20,6 +20,7 @@ from distill.cache import document, generations, storage
 from distill.cache.card import render_card
 from distill.cache.generations import Generations
 from distill.cache.identity import data_differences, differences, file_hash
+from distill.cache.manifest import load_manifest
 from distill.cache.plan import Commit, Counts, Manifest, Plan, Unit, total
 from distill.cache.projection import Projection
 from distill.cache.sanity import problem
@@ -61,7 +62,11 @@ class CacheWriter:
         return CacheWriter(home, existing)
 
     def missing_units(self) -> list[Unit]:
-        """Units of the plan that have no commit record yet, or whose record a repair has outdated."""
+        """Units of the plan that have no commit record yet, or whose record a repair has outdated.
+
+        One listing stands in for asking for each record that is not there, which is what a store is slow at: a unit
+        that it does not show counts as missing. A record that it shows is looked at.
+        """
         return self._missing(generations.current(self.root))
 
     def put_once(self, name: str, data: bytes) -> bytes:
@@ -102,7 +107,7 @@ class CacheWriter:
         Raises CorruptionError when there is a manifest already and the commits have changed since.
         """
         generation = generations.current(self.root)
-        if self._missing(generation):
+        if any(not self._exists(unit, generation) for unit in self._missing(generation)):
             return None
         commits = tuple(self._committed(unit, generation) for unit in self.plan.units)
         manifest = Manifest(
@@ -121,7 +126,7 @@ class CacheWriter:
         name = generation.manifest_name
         if storage.create(self.root, name, document.render(manifest)):
             return manifest
-        existing = document.load(Manifest, self.root, name, fix=_REPAIR)
+        existing = load_manifest(self.root, name, fix=_REPAIR)
         if existing.commits != commits:
             raise CorruptionError(
                 f"{self.root}/{name} does not agree with the commit records: units were made again since it was "
@@ -130,7 +135,12 @@ class CacheWriter:
         return existing
 
     def _missing(self, generation: Generations) -> list[Unit]:
-        return [unit for unit in self.plan.units if not self._exists(unit, generation)]
+        listed = set(storage.names(self.root, "commits"))
+        return [
+            unit
+            for unit in self.plan.units
+            if generation.commit_name(unit.unit) not in listed or not self._exists(unit, generation)
+        ]
 
     def _exists(self, unit: Unit, generation: Generations) -> bool:
         return storage.inside(self.root, generation.commit_name(unit.unit)).exists()
@@ -164,8 +174,12 @@ class CacheWriter:
         return sane, insane
 
     def _check_accounts(self, unit: Unit, *, num_rows: int, num_rejects: int, num_input_rows: int) -> None:
-        """Every input row is a sequence or a reject. Splitting over-long rows makes more sequences than input rows."""
-        splits = self.plan.identity.overlong == "split"
+        """Every input row is a sequence or a reject.
+
+        Splitting over-long rows makes more sequences than input rows, and so do several answers to a prompt.
+        """
+        identity = self.plan.identity
+        splits = identity.overlong == "split" or (identity.generation is not None and identity.generation.num > 1)
         accounted = num_rows + num_rejects
         lost = accounted < num_input_rows or (accounted > num_input_rows and not splits)
         if lost or num_input_rows != unit.num_input_rows:
@@ -237,7 +251,7 @@ class CacheWriter:
         return _Written(sha256=sha256, num_bytes=num_bytes, num_decoded_bytes=num_decoded_bytes)
 
     def _other_files(self) -> dict[str, str]:
-        names = ["projection.safetensors", "fidelity.safetensors", "samples.parquet"]
+        names = ["projection.safetensors", "fidelity.safetensors", "canaries.safetensors", "samples.parquet"]
         names += [name for name in storage.names(self.root, "teacher") if storage.TEMPORARY not in name]
         paths = {name: storage.inside(self.root, name) for name in names}
         return {name: file_hash(path) for name, path in paths.items() if path.is_file()}
@@ -293,7 +307,8 @@ def _refuse_other(root: storage.Root, existing: Plan, plan: Plan) -> None:
     if changed:
         raise IdentityError(
             f"{root} is a cache of the same teacher and targets, but the data changed: {'; '.join(changed)}. A cache "
-            "never grows: put other data into another cache (another --out) and train on both, or restore the data."
+            f"never grows: put other data into another cache (another --out, --projection-from {root}) and train on "
+            "both, or restore the data."
         )
 
 

@@ -65,6 +65,16 @@ class ChatTemplate:
                 raise RowError("the chat template mixes the words of two turns")
         return text, spans
 
+    def opening(self, messages: Messages, *, thinking: bool) -> str:
+        """The text up to where the assistant's next words begin. Raises RowError.
+
+        ``thinking`` chooses the prompt after which a teacher that can reason does so, where its template knows both.
+        """
+        if not self._prompt_options:
+            raise RowError("the chat template has no generation prompt, so no answer can be asked for")
+        options = self._prompt_options[-1 if thinking else 0]
+        return self._text(messages, add_generation_prompt=True, **options)
+
     def _span(self, messages: Messages, index: int, text: str) -> Span:
         marker = "\ue000answer\ue000"
         while marker in text:

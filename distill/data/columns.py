@@ -19,6 +19,7 @@ _USUAL_NAMES = {
     "text": ("text",),
 }
 _LAYOUTS = (("messages",), ("prompt", "response"), ("text",))
+_QUESTIONS = (("messages",), ("prompt",))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,8 +57,8 @@ class RowError(ValueError):
     """This row cannot become a sequence; the message is the reason of its Reject."""
 
 
-def find_layout(found: Iterable[str], *, columns: ColumnsConfig, where: str) -> Layout:
-    """The layout of a file with the columns ``found``.
+def find_layout(found: Iterable[str], *, columns: ColumnsConfig, where: str, answers: bool = True) -> Layout:
+    """The layout of a file with the columns ``found``, with ``answers`` or for the teacher to answer.
 
     Names given in ``columns`` win over the usual ones, messages over prompt and response, these over text (Alpaca
     files repeat prompt and response in a ``text`` column). Raises DataError when no layout fits.
@@ -69,11 +70,19 @@ def find_layout(found: Iterable[str], *, columns: ColumnsConfig, where: str) -> 
         key: free[name] for key, candidates in _USUAL_NAMES.items() for name in reversed(candidates) if name in free
     }
     known = {**usual, **given}
-    by_preference = sorted(_LAYOUTS, key=lambda layout: not any(key in given for key in layout))
+    by_preference = sorted(
+        _LAYOUTS if answers else _QUESTIONS, key=lambda layout: not any(key in given for key in layout)
+    )
     for layout in by_preference:
         if all(key in known for key in layout):
             keys = (*layout, "input") if "prompt" in layout else layout
             return Layout(**{key: known[key] for key in keys if key in known})
+    if not answers:
+        raise DataError(
+            f"{where}: no prompts that the teacher could answer. Needed is a prompt "
+            f"({', '.join(_USUAL_NAMES['prompt'])}) or messages; found are {', '.join(names) or 'none'}. Name the "
+            "column with --column prompt=NAME or --column messages=NAME, or leave out --generate."
+        )
     raise DataError(
         f"{where}: no columns to learn from. Needed are a prompt ({', '.join(_USUAL_NAMES['prompt'])}) and a response "
         f"({', '.join(_USUAL_NAMES['response'])}), or messages, or text; found are {', '.join(names) or 'none'}. "
@@ -84,22 +93,47 @@ def find_layout(found: Iterable[str], *, columns: ColumnsConfig, where: str) -> 
 
 def read_example(fields: dict[str, Any], layout: Layout) -> Example:
     """The conversation or text of a row and its other columns. Raises RowError with the reason where there is none."""
-    metadata = {
+    metadata = _metadata(fields, layout)
+    if layout.text is not None:
+        return Example(text=_words(fields, layout.text), metadata=metadata)
+    if layout.messages is not None:
+        messages = _messages(fields.get(layout.messages), layout.messages)
+        if not any(message["role"] == "assistant" for message in messages):
+            raise RowError("no message is the assistant's")
+        return Example(messages=messages, metadata=metadata)
+    assert layout.response is not None
+    answer = {"role": "assistant", "content": _words(fields, layout.response)}
+    return Example(messages=[_question(fields, layout), answer], metadata=metadata)
+
+
+def read_question(fields: dict[str, Any], layout: Layout) -> Example:
+    """The conversation of a row up to where the assistant's last answer begins. Raises RowError."""
+    metadata = _metadata(fields, layout)
+    if layout.messages is None:
+        return Example(messages=[_question(fields, layout)], metadata=metadata)
+    messages = _messages(fields.get(layout.messages), layout.messages)
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    if not messages:
+        raise RowError("no message is left to answer")
+    return Example(messages=messages, metadata=metadata)
+
+
+def _question(fields: dict[str, Any], layout: Layout) -> dict[str, Any]:
+    assert layout.prompt is not None
+    prompt = _words(fields, layout.prompt)
+    if layout.input is not None and fields.get(layout.input) not in (None, ""):
+        prompt = f"{prompt}\n\n{_words(fields, layout.input)}"
+    return {"role": "user", "content": prompt}
+
+
+def _metadata(fields: dict[str, Any], layout: Layout) -> dict[str, str]:
+    """A row's other columns as text."""
+    return {
         name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         for name, value in fields.items()
         if name not in layout.columns and value is not None
     }
-    if layout.text is not None:
-        return Example(text=_words(fields, layout.text), metadata=metadata)
-    if layout.messages is not None:
-        return Example(messages=_messages(fields.get(layout.messages), layout.messages), metadata=metadata)
-    assert layout.prompt is not None
-    assert layout.response is not None
-    prompt = _words(fields, layout.prompt)
-    if layout.input is not None and fields.get(layout.input) not in (None, ""):
-        prompt = f"{prompt}\n\n{_words(fields, layout.input)}"
-    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": _words(fields, layout.response)}]
-    return Example(messages=turns, metadata=metadata)
 
 
 def _words(fields: dict[str, Any], column: str) -> str:
@@ -124,10 +158,7 @@ def _messages(value: Any, column: str) -> list[dict[str, Any]]:
             raise RowError(f"column '{column}' is a text that is not JSON: {error}") from error
     if not isinstance(value, list) or not value:
         raise RowError(f"column '{column}' is not a list of messages")
-    messages = [_message(item, number) for number, item in enumerate(value, start=1)]
-    if not any(message["role"] == "assistant" for message in messages):
-        raise RowError("no message is the assistant's")
-    return messages
+    return [_message(item, number) for number, item in enumerate(value, start=1)]
 
 
 def _message(item: Any, number: int) -> dict[str, Any]:

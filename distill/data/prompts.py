@@ -1,4 +1,4 @@
-"""Raw rows flow in, tokenised sequences with loss masks (or the reason for none) flow out.
+"""Raw rows flow in, tokenised sequences with loss masks, or questions for the teacher, or rejects, flow out.
 
 A row is rendered to one text and that text is tokenised once, so its tokens are exactly what the teacher sees; which
 of them train follows from the characters they cover. Target t trains when token t+1 is one of the assistant's words
@@ -6,7 +6,7 @@ or ends the assistant's turn. Plain text is trained whole.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distill.config import CacheConfig
+from distill.config import CacheConfig, GenerateConfig
 from distill.data.chat import ChatTemplate
-from distill.data.columns import Example, RowError, read_example
+from distill.data.columns import Example, RowError, read_example, read_question
 from distill.data.formats import RawRow
 from distill.data.sources import Source
-from distill.records import Prompt, Reject, Split
+from distill.records import Prompt, Question, Reject, Split
 
 _ID_LENGTH = 32  # hexadecimal characters of a SHA-256: 128 bits
 
@@ -49,16 +49,20 @@ class PromptMaker:
         if source.layout.is_chat and self._template is None:
             self._template = ChatTemplate(self._tokenizer)
 
-    def make(self, row: RawRow, *, source: Source) -> list[Prompt | Reject]:
+    def make(self, row: RawRow, *, source: Source) -> Sequence[Prompt | Question | Reject]:
         """The sequences of one row: one, several where a long row is split, or one Reject. Never empty.
 
-        Raises DataError as ``check`` does.
+        Where the teacher is to answer by itself, the questions of the row, one for each answer, or one Reject. Raises
+        DataError as ``check`` does.
         """
         self.check(source)
         label = f"{source.name}:{row.row}"
         try:
             if row.fields is None:
                 raise RowError(row.problem)
+            if self._config.generate is not None:
+                example = read_question(row.fields, source.layout)
+                return self._questions(example, self._config.generate, source=source, label=label)
             example = read_example(row.fields, source.layout)
             tokens = self._tokenise(example)
             pieces = self._pieces(len(tokens.ids))
@@ -69,6 +73,66 @@ class PromptMaker:
         return [
             self._sequence(tokens, start, stop, example=example, source=source, label=piece_label)
             for (start, stop), piece_label in zip(pieces, labels, strict=False)
+        ]
+
+    def question(self, prompt: Prompt) -> Question | None:
+        """What the teacher is asked in ``prompt``: its tokens before the first trained one; None for plain text."""
+        num_asked = int(prompt.loss_mask.argmax()) + 1
+        if num_asked < 2:
+            return None
+        return Question(
+            prompt_id=prompt.prompt_id,
+            domain=prompt.domain,
+            split=prompt.split,
+            source=prompt.source,
+            metadata=prompt.metadata,
+            prompt=prompt.prompt,
+            input_ids=prompt.input_ids[:num_asked],
+        )
+
+    def answered(self, question: Question, answer: NDArray[np.int32]) -> Prompt:
+        """The sequence of a question [P] and the teacher's answer [G >= 1], whose tokens train: L = P + G."""
+        ids = np.concatenate([question.input_ids, answer]).astype(np.int32)
+        mask = np.arange(1, len(ids)) >= len(question.input_ids)
+        return Prompt(
+            sequence_id=_digest(ids, mask),
+            prompt_id=question.prompt_id,
+            domain=question.domain,
+            split=question.split,
+            source=question.source,
+            metadata=question.metadata,
+            prompt=question.prompt,
+            response=self.words(answer),
+            input_ids=ids,
+            loss_mask=mask,
+        )
+
+    def words(self, answer: NDArray[np.int32]) -> str:
+        """The text of generated tokens, without special ones."""
+        return str(self._tokenizer.decode(answer.tolist(), skip_special_tokens=True))
+
+    def _questions(
+        self, example: Example, generate: GenerateConfig, *, source: Source, label: str
+    ) -> Sequence[Question | Reject]:
+        assert self._template is not None
+        assert example.messages is not None
+        text = self._template.opening(example.messages, thinking=generate.thinking)
+        ids, _ = self._encode(text, add_special_tokens=False)
+        if len(ids) >= self._config.max_length:
+            raise RowError(f"no room for an answer within the {self._config.max_length} tokens of --max-length")
+        prompt_id = _digest(ids)
+        return [
+            Question(
+                prompt_id=prompt_id,
+                domain=source.domain,
+                split=self._split(prompt_id, source),
+                source=label if generate.num == 1 else f"{label}#{number + 1}",
+                metadata=example.metadata,
+                prompt=_transcript(example.messages),
+                input_ids=ids,
+                number=number,
+            )
+            for number in range(generate.num)
         ]
 
     def _tokenise(self, example: Example) -> _Tokens:
@@ -157,8 +221,8 @@ class PromptMaker:
         return "eval" if int(prompt_id[:16], 16) < self._config.eval_fraction * 2**64 else "train"
 
 
-def prompts_of(source: Source, *, start: int, stop: int, maker: PromptMaker) -> Iterator[Prompt | Reject]:
-    """The sequences of rows ``start`` to ``stop`` of a source; every row yields at least one item, in order."""
+def prompts_of(source: Source, *, start: int, stop: int, maker: PromptMaker) -> Iterator[Prompt | Question | Reject]:
+    """What rows ``start`` to ``stop`` of a source are, in order; every row yields at least one item."""
     for row in source.rows(start, stop):
         yield from maker.make(row, source=source)
 
@@ -175,8 +239,11 @@ def _readable(example: Example) -> tuple[str, str]:
     if example.messages is None:
         return "", example.text or ""
     last = max(index for index, message in enumerate(example.messages) if message["role"] == "assistant")
-    before = example.messages[:last]
-    if len(before) == 1:
-        return before[0]["content"], example.messages[last]["content"]
-    turns = [f"{message['role']}: {message['content']}" for message in before]
-    return "\n\n".join(turns), example.messages[last]["content"]
+    return _transcript(example.messages[:last]), example.messages[last]["content"]
+
+
+def _transcript(messages: list[dict[str, Any]]) -> str:
+    """What was said, for people."""
+    if len(messages) == 1:
+        return str(messages[0]["content"])
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)

@@ -124,7 +124,7 @@ def _source(table: RowTable, *, domain: str, split: Split | None, config: CacheC
     if not good:
         raise DataError(_nothing_readable(table, broken))
     columns = tuple(dict.fromkeys(name for row in good for name in row.fields or ()))
-    layout = find_layout(columns, columns=config.columns, where=table.path)
+    layout = find_layout(columns, columns=config.columns, where=table.path, answers=config.generate is None)
     return Source(domain=domain, split=split, columns=columns, layout=layout, table=table)
 
 

@@ -11,13 +11,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill.cache.codec import decode, encode, rounded
+from distill.cache.codec import decode, encode, rounded, sampled_starts
 from distill.cache.schema import Layout, layout_of, parquet_options, row_schema
 from distill.cache.shard import row_groups, write_rows
 from distill.errors import CorruptionError
 from distill.records import Prompt, SequenceTargets, Targets
 
-LAYOUT = Layout(top_k=3, temperatures=(2.0, 1.0), widths=((8, 2), (4, 1), (2, 5)))
+LAYOUT = Layout(
+    top_k=3,
+    temperatures=(2.0, 1.0),
+    widths=((8, 2), (4, 1), (2, 5)),
+    num_samples=4,
+    layer_columns=(("layer3_hidden", 5), ("layer7_q", 6), ("layer7_q_scale", 2)),
+)
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 
@@ -39,7 +45,17 @@ def sequences(draw: Any) -> SequenceTargets:
         input_ids=rng.integers(0, 2**31 - 1, num + 1).astype(np.int32),
         loss_mask=rng.random(num) < 0.5,
     )
+    counts = [draw(st.sampled_from([[4], [3, 1], [1, 1, 2], [1, 1, 1, 1]])) for _ in range(num)]
+    sampled_counts = np.concatenate(counts).astype(np.int16)
     targets = Targets(
+        sampled_ids=rng.integers(0, 2**31 - 1, len(sampled_counts)).astype(np.int32),
+        sampled_counts=sampled_counts,
+        layers={
+            name: rng.exponential(1, (num, width)).astype(np.float32)
+            if name.endswith("_scale")
+            else rng.integers(-128, 128, (num, width)).astype(np.int8)
+            for name, width in LAYOUT.layer_columns
+        },
         topk_ids=rng.integers(0, 2**31 - 1, (num, 3)).astype(np.int32),
         topk_logprobs=-rng.exponential(5, (num, 3)).astype(np.float32),
         log_z=rng.normal(0, 5, (num, 2)).astype(np.float32),
@@ -75,12 +91,24 @@ def test_round_trip(rows: list[SequenceTargets]) -> None:
         np.testing.assert_array_equal(copy.targets.topk_ids, row.targets.topk_ids)
         for bits, values in row.targets.hidden.items():
             np.testing.assert_array_equal(copy.targets.hidden[bits], values)
+        np.testing.assert_array_equal(copy.targets.sampled_ids, row.targets.sampled_ids)
+        np.testing.assert_array_equal(copy.targets.sampled_counts, row.targets.sampled_counts)
+        for name, values in row.targets.layers.items():
+            np.testing.assert_array_equal(copy.targets.layers[name], values)
         for name, bits in (("topk_logprobs", 9), ("log_z", 14), ("log_tail", 10), ("entropy", 10)):
             original, kept = getattr(row.targets, name), getattr(copy.targets, name)
             assert kept.dtype == np.float32
             assert kept.shape == original.shape
             assert np.abs(kept - original).max() <= 2.0 ** -(bits + 1)
             assert (np.mod(kept * 2**bits, 1) == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("counts", "starts"),
+    [([4], [0]), ([1, 3, 2, 2], [0, 2]), ([4, 1, 1, 1, 1, 3, 1], [0, 1, 5]), ([3, 2], []), ([4, 0], []), ([8], [])],
+)
+def test_counts_tell_where_positions_begin_or_that_they_cannot(counts: list[int], starts: list[int]) -> None:
+    assert sampled_starts(np.array(counts, np.int16), 4).tolist() == starts
 
 
 def test_rounding_to_literal_values() -> None:
@@ -140,6 +168,12 @@ def _row(number: int, split: str, num: int = 40) -> SequenceTargets:
         log_tail=np.zeros((num, 2), np.float32),
         hidden={bits: np.zeros((num, count), np.int8) for bits, count in LAYOUT.widths},
         entropy=np.zeros(num, np.float32),
+        sampled_ids=np.zeros(num, np.int32),
+        sampled_counts=np.full(num, 4, np.int16),
+        layers={
+            name: np.zeros((num, width), np.float32 if name.endswith("_scale") else np.int8)
+            for name, width in LAYOUT.layer_columns
+        },
     )
     return SequenceTargets(prompt=prompt, targets=targets)
 

@@ -22,6 +22,7 @@ def test_counts_identity_and_projection() -> None:
     assert reader.identity.temperatures == (4.0, 2.0, 1.0)
     assert reader.projection is not None
     assert reader.projection.widths == ((4, 4), (2, 4))
+    assert (reader.projection.layers, reader.projection.attention) == ({}, {})
     assert reader.projection.sha256 == "5410482d975f954e55e91a004281d515bf6baa10b2c3e08e0adeed9dbb51e923"
 
 

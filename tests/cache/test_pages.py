@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ def forge(cache: Path, table: pa.Table, reader: CacheReader, **options: Any) -> 
     pq.write_table(table, file, row_group_size=3, **{**parquet_options(reader.layout), **options})
     content = file.getvalue()
     (cache / commit.shard).write_bytes(content)
-    forged = commit.model_copy(update={"sha256": hashlib.sha256(content).hexdigest(), "num_bytes": len(content)})
+    forged = replace(commit, sha256=hashlib.sha256(content).hexdigest(), num_bytes=len(content))
     path = cache / "manifest.json"
     manifest = document.parse(Manifest, path.read_bytes(), path=path, fix="")
     path.write_bytes(document.render(manifest.model_copy(update={"commits": (forged, *manifest.commits[1:])})))

@@ -3,6 +3,7 @@
 import pickle
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +181,7 @@ def test_another_projection_is_refused(cache: Path, make_teacher: Any) -> None:
 def test_records_that_point_out_of_the_cache_are_refused(cache: Path, shard: str) -> None:
     path = cache / "manifest.json"
     manifest = document.parse(Manifest, path.read_bytes(), path=path, fix="")
-    forged = manifest.commits[0].model_copy(update={"shard": shard})
+    forged = replace(manifest.commits[0], shard=shard)
     path.write_bytes(document.render(manifest.model_copy(update={"commits": (forged, *manifest.commits[1:])})))
     with pytest.raises(CorruptionError, match="may lie outside its folder"):
         read_all(cache)

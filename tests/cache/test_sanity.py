@@ -83,3 +83,24 @@ def test_targets_shifted_by_one_position_do_not_fit_together(teacher: Any, ident
 
 def test_too_long_a_row_is_refused(teacher: Any, identity_of: Any) -> None:
     assert judge(teacher, identity_of, teacher.sequence(1, length=65)) == "65 tokens, not 2 to 64"
+
+
+def test_sampled_ids_and_inner_layers_are_looked_at(teacher: Any, identity_of: Any) -> None:
+    identity = identity_of(teacher, num_samples=2, layers=(3,), layer_bytes=4)
+    layout = Layout.of(identity, teacher.projection.widths)
+    plain = teacher.sequence(1)
+    num = plain.prompt.num_targets
+    ids, counts = np.arange(2 * num, dtype=np.int32) % 2, np.ones(2 * num, np.int16)
+    layers = {"layer3_hidden": np.zeros((num, 4), np.int8)}
+    row = with_targets(plain, sampled_ids=ids, sampled_counts=counts, layers=layers)
+    assert problem(row, identity=identity, layout=layout) is None
+    for changes, says in [
+        ({"sampled_ids": None, "sampled_counts": None}, "no sampled ids"),
+        ({"layers": {}}, "inner layers"),
+        ({"layers": {"layer3_hidden": np.zeros((num, 5), np.int8)}}, "layer3_hidden of shape"),
+        ({"sampled_counts": poked(counts, (3,), 2)}, "not 2 at each position"),
+        ({"sampled_ids": poked(ids, (3,), 200)}, "sampled_ids outside"),
+        ({"sampled_ids": ids[:-1]}, "counts"),
+    ]:
+        assert says in str(problem(with_targets(row, **changes), identity=identity, layout=layout)), says
+    assert problem(row, identity=identity_of(teacher), layout=Layout.of(identity_of(teacher), layout.widths))
