@@ -8,6 +8,7 @@ from pathlib import Path
 
 from distill.config import CacheConfig
 from distill.errors import UsageError
+from distill.launch.gpus import gpus_of_engine
 
 _WARNING_S = 120  # before the time limit; a worker needs up to 30 to stop
 _MOST_RESTARTS = 20  # of a task: an engine that never starts also exits with 75
@@ -38,7 +39,7 @@ def sbatch_script(config: CacheConfig, array: Array, *, command: Sequence[str], 
     A worker gets as many GPUs as its engine spans: tensor_parallel_size times pipeline_parallel_size.
     """
     name = "distill-" + re.sub(r"[^A-Za-z0-9._-]+", "-", Path(config.out).name)
-    gpus = _num_gpus(config)
+    gpus = gpus_of_engine(config)
     options = [
         f"job-name={name}",
         f"array=0-{array.num_workers - 1}",
@@ -69,16 +70,6 @@ def sbatch_script(config: CacheConfig, array: Array, *, command: Sequence[str], 
             "",
         ]
     )
-
-
-def _num_gpus(config: CacheConfig) -> int:
-    options = config.engine_options
-    if config.engine == "transformers" and str(options.get("device", "cuda")).startswith("cpu"):
-        return 0
-    sizes = [options.get(name, 1) for name in ("tensor_parallel_size", "pipeline_parallel_size")]
-    if not all(isinstance(size, int) and size > 0 for size in sizes):
-        raise UsageError(f"engine_options: tensor_parallel_size and pipeline_parallel_size must be whole, got {sizes}.")
-    return int(sizes[0]) * int(sizes[1])
 
 
 def _quoted(folder: Path) -> str:

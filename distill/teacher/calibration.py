@@ -6,20 +6,22 @@ whole distribution, so that anybody can measure later how close the rebuilt targ
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from distill.cache.inner import InnerProjection, fit_inner, orthonormal
 from distill.cache.projection import Projection, fit_projection
 from distill.errors import DataError
 from distill.records import Prompt, Targets
-from distill.teacher.engine import Engine
+from distill.teacher.engine import Engine, first_trained
 
 # Positions whose whole distribution is kept (float16), and the most that one sequence gives.
 NUM_FIDELITY = 128
 _PER_SEQUENCE = 8
 TOKENS_PER_DIMENSION = 16
+LAYER_TOKENS = 16_384  # that the quantisers of inner layers look at: their ranges need no more
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +68,33 @@ def fit(engine: Engine, prompts: Sequence[Prompt], *, hidden_bytes: int) -> Proj
     )
 
 
+def fit_layers(
+    engine: Engine, prompts: Sequence[Prompt], *, layers: Sequence[int], layer_bytes: int
+) -> dict[int, InnerProjection]:
+    """Layer -> its projection, with the quantiser that the trained positions of ``prompts`` but the first ask for."""
+    if not layers:
+        return {}
+    few, num = [], 0
+    for prompt in prompts:
+        if num < LAYER_TOKENS and prompt.num_targets > 1:
+            few.append(prompt)
+            num += prompt.num_targets - max(1, first_trained(prompt))
+    if not few:
+        raise DataError(
+            "Inner layers are calibrated on sequences of three tokens or more, and none was drawn. Give more data, or "
+            "keep no inner layers and no heads."
+        )
+    downs: dict[int, NDArray[np.float32]] = {}
+    coords: dict[int, list[NDArray[np.float32]]] = {layer: [] for layer in sorted(layers)}
+    for ordinal, states in engine.inner_states(few):
+        start = max(1, first_trained(few[ordinal]))
+        for layer, parts in coords.items():
+            states_ND = states[layer]
+            down_BD = downs.setdefault(layer, orthonormal(layer, dim=states_ND.shape[1], num=layer_bytes))
+            parts.append(states_ND[start:] @ down_BD.T)
+    return {layer: fit_inner(downs[layer], np.concatenate(parts)) for layer, parts in coords.items()}
+
+
 def fidelity(engine: Engine, prompts: Sequence[Prompt], *, seed: int) -> dict[str, NDArray[np.generic]]:
     """What ``fidelity.safetensors`` holds: at random trained positions, targets beside the whole distribution.
 
@@ -85,6 +114,7 @@ def fidelity(engine: Engine, prompts: Sequence[Prompt], *, seed: int) -> dict[st
 
 
 def _at(targets: Targets, positions: NDArray[np.int64]) -> dict[str, NDArray[np.generic]]:
-    arrays = {field.name: getattr(targets, field.name) for field in fields(Targets) if field.name != "hidden"}
+    names = ("topk_ids", "topk_logprobs", "log_z", "log_tail", "entropy")
+    arrays = {name: getattr(targets, name) for name in names}
     arrays |= {f"hidden_{bits}": values for bits, values in targets.hidden.items()}
     return {name: values[positions] for name, values in arrays.items()}

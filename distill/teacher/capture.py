@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from distill.cache.projection import CLIPS, Projection
+from distill.teacher import sampled
+from distill.teacher.chunks import Chunks
 
 # Stands for the logit of a candidate that is not there: its probability is 0, and 0 * z stays 0, unlike with -inf.
 _OUT = -1e5
@@ -31,6 +33,7 @@ class Spec:
 
     top_k: int
     temperatures: tuple[float, ...]
+    num_samples: int = 0
 
     @property
     def computed(self) -> list[float]:
@@ -47,6 +50,7 @@ class Statistics:
     log_z: Tensor  # float32 [N, T]
     log_tail: Tensor  # float32 [N, T]
     entropy: Tensor  # float32 [N]
+    drawn: Tensor  # int32 [N, S]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,18 +65,20 @@ class LocalStatistics:
     ids: Tensor  # int64 [N, K], ids of the whole vocabulary
     log_rest: Tensor  # [N, T]
     mean_rest: Tensor  # [N]
+    drawn: Tensor  # int64 [N, S], drawn from the slice alone
 
     def packed(self) -> Tensor:
-        """[N, 2K + T + 1] float32, for one all-gather; ids travel as their bits."""
-        ids = self.ids.to(torch.int32).view(torch.float32)
-        return torch.cat([self.logits, ids, self.log_rest, self.mean_rest[:, None]], dim=1)
+        """[N, 2K + T + 1 + S] float32, for one all-gather; ids travel as their bits."""
+        ids, drawn = (values.to(torch.int32).view(torch.float32) for values in (self.ids, self.drawn))
+        return torch.cat([self.logits, ids, self.log_rest, self.mean_rest[:, None], drawn], dim=1)
 
     @classmethod
-    def unpacked(cls, packed: Tensor, *, top_k: int) -> "LocalStatistics":
+    def unpacked(cls, packed: Tensor, spec: Spec) -> "LocalStatistics":
         """The inverse of ``packed``."""
-        logits, ids, log_rest, mean_rest = packed.split([top_k, top_k, packed.shape[1] - 2 * top_k - 1, 1], dim=1)
-        ids = ids.contiguous().view(torch.int32).long()
-        return cls(logits=logits, ids=ids, log_rest=log_rest, mean_rest=mean_rest[:, 0])
+        sizes = [spec.top_k, spec.top_k, len(spec.computed), 1, spec.num_samples]
+        logits, ids, log_rest, mean_rest, drawn = packed.split(sizes, dim=1)
+        ids, drawn = (values.contiguous().view(torch.int32).long() for values in (ids, drawn))
+        return cls(logits=logits, ids=ids, log_rest=log_rest, mean_rest=mean_rest[:, 0], drawn=drawn)
 
 
 class Head:
@@ -151,24 +157,38 @@ class Head:
         return torch.mm(hidden_ND.float(), self._copy.T)
 
 
-def local_statistics(head: Head, hidden_ND: Tensor, spec: Spec) -> LocalStatistics:
-    """The slice's top-k and partial sums for N positions; logits exist only inside this call.
+def local_statistics(
+    head: Head, hidden_ND: Tensor, spec: Spec, *, keys_N: Tensor | None = None, rank: int = 0
+) -> LocalStatistics:
+    """The slice's top-k, partial sums and draws for N positions; logits exist only inside this call.
 
-    The N x V logits are written once by the head and, compiled, read twice: for the top-k and for all sums.
+    ``keys_N`` (None: nothing is drawn) and the slice's ``rank`` decide the draws (``distill.teacher.sampled``). The
+    N x V logits are written once by the head and, compiled, read twice: for the top-k and for all sums.
     """
     logits_NV = head.logits(hidden_ND)
     num = min(spec.top_k, head.num_ids)
     logits_NK, ids_NK = largest(logits_NV, num)
     logits_NK = logits_NK.float()
     top_N1 = logits_NK[:, :1]
-    sums_NT, mean_N = head.rest_sums(logits_NV, top_N1, logits_NK[:, -1:], num, spec.computed)
+    # One position alone would be compiled a second time: torch.compile treats a dimension of 1 as a constant.
+    rest_sums = head.rest_sums if len(logits_NV) > 1 else _rest_sums
+    sums_NT, mean_N = rest_sums(logits_NV, top_N1, logits_NK[:, -1:], num, spec.computed)
     log_rest_NT = sums_NT.log() + top_N1 / sums_NT.new_tensor(spec.computed)
     mean_rest_N = torch.where(mean_N.isfinite(), mean_N + top_N1[:, 0], 0.0)  # an empty rest has no mean
+    drawn_NS = ids_NK[:, :0]
+    if keys_N is not None and spec.num_samples:
+        drawn_NS = sampled.draw(logits_NV, sampled.uniforms(keys_N, spec.num_samples, lane=1 + rank))
     if num < spec.top_k:  # a slice smaller than k: padded so that every rank packs the same shape
         short = spec.top_k - num
         logits_NK = torch.nn.functional.pad(logits_NK, (0, short), value=float("-inf"))
         ids_NK = torch.nn.functional.pad(ids_NK, (0, short))
-    return LocalStatistics(logits=logits_NK, ids=ids_NK + head.first_id, log_rest=log_rest_NT, mean_rest=mean_rest_N)
+    return LocalStatistics(
+        logits=logits_NK,
+        ids=ids_NK + head.first_id,
+        log_rest=log_rest_NT,
+        mean_rest=mean_rest_N,
+        drawn=drawn_NS + head.first_id,
+    )
 
 
 def _rest_sums(
@@ -213,24 +233,26 @@ def largest(x_NV: Tensor, num: int) -> tuple[Tensor, Tensor]:
     """Exact top-k of each row, sorted downwards: values [N, num] and int64 ids [N, num].
 
     On a CPU ``torch.topk`` costs more than the LM head itself. The num largest values of a row lie in the num
-    blocks with the largest maxima, so only those blocks are looked at.
+    blocks with the largest maxima, so only those blocks are looked at. A block is every ``stride``-th id, so that
+    neighbours in memory are compared with their neighbours, many at a time.
     """
     num_rows, width = x_NV.shape
     whole = width // _BLOCK * _BLOCK
     if x_NV.is_cuda or width < 2 * num * _BLOCK:
         values, ids = torch.topk(x_NV, num, dim=1)
         return values, ids
-    blocks = x_NV[:, :whole].unflatten(1, (-1, _BLOCK))
-    first_NK = blocks.amax(2).topk(num, dim=1, sorted=False).indices * _BLOCK
-    inside = torch.arange(_BLOCK, device=x_NV.device)
-    ids_NC = (first_NK[:, :, None] + inside).flatten(1)
+    stride = whole // _BLOCK
+    blocks = x_NV[:, :whole].unflatten(1, (_BLOCK, stride))
+    first_NK = blocks.amax(1).topk(num, dim=1, sorted=False).indices
+    inside = torch.arange(0, whole, stride, device=x_NV.device)[:, None]
+    ids_NC = (inside + first_NK[:, None, :]).flatten(1)
     if whole < width:
         ids_NC = torch.cat([ids_NC, torch.arange(whole, width, device=x_NV.device).expand(num_rows, -1)], dim=1)
     values, picked = x_NV.gather(1, ids_NC).topk(num, dim=1)
     return values, ids_NC.gather(1, picked)
 
 
-def merge(parts: Sequence[LocalStatistics], spec: Spec) -> Statistics:
+def merge(parts: Sequence[LocalStatistics], spec: Spec, *, keys_N: Tensor | None = None) -> Statistics:
     """Joins the vocabulary slices: the global top-k, and every slice's rest plus its candidates that lost.
 
     ``log_z[T] = lse(z / T) - lse(z) / T`` and ``log_tail[T] = lse over the tail (z / T) - lse(z / T)``. The tail is
@@ -251,6 +273,11 @@ def merge(parts: Sequence[LocalStatistics], spec: Spec) -> Statistics:
     mean_rest_NP = torch.stack([part.mean_rest for part in parts], dim=1)
     expected_N = ((rest_NTP[:, one] - lse_N1).exp() * mean_rest_NP).sum(1)
     expected_N += ((candidates_NC - lse_N1).exp() * candidates_NC.clamp(min=_OUT)).sum(1)  # padding: 0, not NaN
+    drawn_NS = parts[0].drawn
+    if keys_N is not None and len(parts) > 1:
+        mass_NP = torch.stack([torch.logaddexp(p.log_rest[:, one], p.logits.logsumexp(1)) for p in parts], dim=1)
+        number_NS = sampled.uniforms(keys_N, spec.num_samples, lane=0)
+        drawn_NS = sampled.choose(torch.stack([part.drawn for part in parts]), mass_NP, number_NS)
     kept = [spec.computed.index(temperature) for temperature in spec.temperatures]
     return Statistics(
         topk_ids=ids_NC[:, : spec.top_k].to(torch.int32),
@@ -258,22 +285,29 @@ def merge(parts: Sequence[LocalStatistics], spec: Spec) -> Statistics:
         log_z=(lse_NT - lse_N1 / temperature_T)[:, kept],
         log_tail=(tail_NT - lse_NT).clamp(min=LOG_TAIL_FLOOR)[:, kept],
         entropy=(lse_N1[:, 0] - expected_N).clamp(min=0.0),
+        drawn=drawn_NS.to(torch.int32),
     )
 
 
-def chunk_rows(num_ids: int, *, is_cuda: bool) -> int:
-    """Positions in a chunk, so that its float32 logits stay near 1 GiB on a GPU and in reach of a CPU's caches."""
-    return max(16, (1 << 30 if is_cuda else 1 << 25) // (8 * num_ids))
+def local_in_chunks(
+    head: Head, hidden_ND: Tensor, spec: Spec, *, chunks: Chunks, keys_N: Tensor | None = None, rank: int = 0
+) -> LocalStatistics:
+    """``local_statistics`` of N positions, a chunk of them at a time."""
+
+    def compute(start: int, stop: int) -> LocalStatistics:
+        keys = None if keys_N is None else keys_N[start:stop]
+        return local_statistics(head, hidden_ND[start:stop], spec, keys_N=keys, rank=rank)
+
+    parts = chunks.map(compute, len(hidden_ND))
+    names = [field.name for field in fields(LocalStatistics)]
+    return LocalStatistics(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 
 
-def joined(parts: Sequence[Statistics]) -> Statistics:
-    """Statistics of consecutive positions, end to end."""
-    return Statistics(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Statistics)})
-
-
-def statistics(head: Head, hidden_ND: Tensor, spec: Spec, *, chunk: int) -> Statistics:
-    """Statistics of N positions under an unsliced head, ``chunk`` positions at a time."""
-    return joined([merge([local_statistics(head, part, spec)], spec) for part in hidden_ND.split(chunk)])
+def statistics(
+    head: Head, hidden_ND: Tensor, spec: Spec, *, chunks: Chunks, keys_N: Tensor | None = None
+) -> Statistics:
+    """Statistics of N positions under an unsliced head, a chunk of them at a time."""
+    return merge([local_in_chunks(head, hidden_ND, spec, chunks=chunks, keys_N=keys_N)], spec)
 
 
 class Projector:

@@ -10,11 +10,11 @@ nobody.
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Self
+from typing import Any, Protocol, Self
 
 from distill.cache import generations, storage
 from distill.cache.plan import Unit
@@ -22,14 +22,22 @@ from distill.cache.writer import CacheWriter
 from distill.interrupt import Interrupt
 from distill.launch.worker import Worker
 from distill.progress import Ticker
-from distill.records import Prompt, Reject, SequenceTargets
-from distill.teacher.engine import Engine
+from distill.records import Prompt, Question, Reject, SequenceTargets, Targets
+from distill.teacher.canary import Canary
 
 _PENDING_WRITES = 2  # units that may wait for the disk before the teacher does
 _LAST_WRITES_S = 20.0  # that complete units may take once the run has to end; schedulers kill after 30 s
 _LOOK_EVERY = 64  # sequences of a unit between two looks whether another worker has committed it
 _COUNT_EVERY_S = 30.0  # between two counts of what other workers did
-ReadUnit = Callable[[Unit], Iterator[Prompt | Reject]]
+Item = Prompt | Question | Canary
+ReadUnit = Callable[[Unit], Iterator[Item | Reject]]
+
+
+class Capturing(Protocol):
+    """A teacher, as far as filling a cache needs it."""
+
+    def capture(self, prompts: Iterable[Any]) -> Iterator[tuple[int, Targets | SequenceTargets]]:
+        """(ordinal, targets of a prompt, or a question's whole row), in any order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,14 +65,14 @@ class _OpenUnit:
 
 
 class _Stream:
-    """Prompts of all units to do, one after the other; remembers which unit and place each came from."""
+    """What the teacher reads of all units to do, one after the other; remembers which unit and place it came from."""
 
     def __init__(self, writer: CacheWriter, worker: Worker, read_unit: ReadUnit) -> None:
         self._writer, self._worker, self._read_unit = writer, worker, read_unit
         self.open: list[_OpenUnit] = []
-        self.places: dict[int, tuple[_OpenUnit, int, Prompt]] = {}  # ordinal -> unit, index in it, prompt
+        self.places: dict[int, tuple[_OpenUnit, int, Item]] = {}  # ordinal -> unit, index in it, what was read
 
-    def __iter__(self) -> Iterator[Prompt]:
+    def __iter__(self) -> Iterator[Prompt | Question]:
         ordinal = 0
         for unit in units_to_do(self._writer, self._worker):
             opened = _OpenUnit(unit=unit)
@@ -77,10 +85,11 @@ class _Stream:
                     opened.lost = True
                     break
                 self.places[ordinal] = (opened, len(opened.rows), item)
-                opened.rows.append(None)
+                if not isinstance(item, Canary):
+                    opened.rows.append(None)
                 opened.num_waiting += 1
                 ordinal += 1
-                yield item
+                yield item.prompt if isinstance(item, Canary) else item
             opened.read = True
 
     def take_finished(self) -> list[_OpenUnit]:
@@ -99,11 +108,12 @@ class _Writes:
         self._pending: deque[Future[None]] = deque()
         self.num_units = self.num_targets = self.num_rejects = 0
 
-    def add(self, opened: _OpenUnit) -> None:
-        """Commits a finished unit soon. Raises what an earlier commit raised."""
-        while len(self._pending) >= _PENDING_WRITES:
-            self._pending.popleft().result()
-        self._pending.append(self._thread.submit(self._commit, opened))
+    def add(self, *finished: _OpenUnit) -> None:
+        """Commits finished units soon. Raises what an earlier commit raised."""
+        for opened in finished:
+            while len(self._pending) >= _PENDING_WRITES:
+                self._pending.popleft().result()
+            self._pending.append(self._thread.submit(self._commit, opened))
 
     def check(self) -> None:
         """Raises what a commit raised, so that a full disk stops the teacher at once."""
@@ -138,13 +148,13 @@ class _Writes:
 
 
 def fill(
-    engine: Engine, *, writer: CacheWriter, worker: Worker, read_unit: ReadUnit, interrupt: Interrupt, quiet: bool
+    engine: Capturing, *, writer: CacheWriter, worker: Worker, read_unit: ReadUnit, interrupt: Interrupt, quiet: bool
 ) -> Filled:
     """Captures and commits missing units until there are none, whoever committed them.
 
-    ``read_unit`` gives the sequences and rejects of a unit's input rows, in order. An error of the engine, the data or
-    the disk ends the run, as a signal does by KeyboardInterrupt: units that are complete by then are committed, open
-    ones are dropped.
+    ``read_unit`` gives the sequences or questions, and the rejects, of a unit's input rows, in order, and canaries,
+    which are checked and not stored. An error of the engine, the data or the disk ends the run, as a signal does by
+    KeyboardInterrupt: units that are complete by then are committed, open ones are dropped.
     """
     stream = _Stream(writer, worker, read_unit)
     num_targets = 0
@@ -152,20 +162,31 @@ def fill(
     progress = _Progress(writer, worker, quiet=quiet)
     with progress.ticker, _Writes(writer) as writes:
         for ordinal, targets in engine.capture(stream):
-            opened, index, prompt = stream.places.pop(ordinal)
+            opened, index, item = stream.places.pop(ordinal)
+            if isinstance(item, Canary):
+                assert isinstance(targets, Targets)
+                writes.add(*stream.take_finished())  # whole by earlier answers, whatever this one shows
+                item.check(targets, opened.unit)
+            else:
+                row = _row(item, targets)
+                num_targets += row.prompt.num_targets
+                if not opened.lost:
+                    opened.rows[index] = row
             opened.num_waiting -= 1
-            if not opened.lost:
-                opened.rows[index] = SequenceTargets(prompt=prompt, targets=targets)
-            num_targets += prompt.num_targets
-            for finished in stream.take_finished():
-                writes.add(finished)
+            writes.add(*stream.take_finished())
             writes.check()
             interrupt.check()
             rate = num_targets / (time.monotonic() - started)
             progress.show(writes, num_targets=num_targets, rate=rate)
-        for finished in stream.take_finished():  # units without a single sequence
-            writes.add(finished)
+        writes.add(*stream.take_finished())  # units without a single sequence
     return Filled(num_units=writes.num_units, num_targets=writes.num_targets)
+
+
+def _row(item: Prompt | Question, targets: Targets | SequenceTargets) -> SequenceTargets:
+    if isinstance(targets, SequenceTargets):
+        return targets
+    assert isinstance(item, Prompt), "a question comes back as a whole row"
+    return SequenceTargets(prompt=item, targets=targets)
 
 
 class _Progress:
@@ -189,15 +210,18 @@ class _Progress:
 def units_to_do(writer: CacheWriter, worker: Worker) -> Iterator[Unit]:
     """Units to begin, each without a commit when it is given out: the worker's own share, then what others left.
 
-    The share is every ``count``-th unit of the plan. A worker that has done its own begins at the end of the others',
-    each at another place, since those who are still there work from the front.
+    The share is every ``count``-th unit of the plan, in the plan's order. What is left then, by one look at the cache,
+    is shared out anew in the same way from its end, since those who are still there work from the front; and at last
+    each takes what the others have not begun of that.
     """
-    units = writer.plan.units
-    for unit in units[worker.index :: worker.count]:
+    units, index, count = writer.plan.units, worker.index, worker.count
+    for unit in units[index::count]:
         yield from still_missing(writer, [unit])
-    left = [unit for number, unit in enumerate(units) if number % worker.count != worker.index][::-1]
-    while left := still_missing(writer, left):
-        yield left.pop(worker.index % len(left))
+    own = {unit.unit for unit in units[index::count]}
+    left = [unit for unit in reversed(writer.missing_units()) if unit.unit not in own]
+    for share in range(index, index + count):
+        for unit in left[share % count :: count]:
+            yield from still_missing(writer, [unit])
 
 
 def still_missing(writer: CacheWriter, units: Sequence[Unit]) -> list[Unit]:

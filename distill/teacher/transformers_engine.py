@@ -5,6 +5,7 @@ Sequences run in padded batches of at most ``batch_tokens`` tokens, shortest tog
 """
 
 from collections.abc import Iterable, Iterator
+from dataclasses import fields
 from itertools import islice
 from typing import Any
 
@@ -12,13 +13,21 @@ import numpy as np
 import torch
 import transformers
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 
 from distill.cache.projection import Moments, Projection
 from distill.config import CacheConfig
 from distill.errors import RetryError, UsageError
-from distill.records import Prompt, Targets
-from distill.teacher.capture import Head, Projector, Spec, Statistics, can_compile, chunk_rows, statistics
-from distill.teacher.engine import FloatArray, first_trained
+from distill.records import Prompt, Question, Targets
+from distill.teacher import sampled
+from distill.teacher.capture import Head, Projector, Spec, can_compile, statistics
+from distill.teacher.chunks import Chunks
+from distill.teacher.engine import Answer, FloatArray, Writing, first_trained, question_id, seed_of, targets_of
+from distill.teacher.heads import kept_heads
+from distill.teacher.inner import InnerProjector, LayerInputs
+
+_NOTHING = np.zeros(0, np.int32)
+_Seen = tuple[int, Prompt, torch.Tensor, dict[int, torch.Tensor]]
 
 _WINDOW = 64  # sequences sorted by length together
 
@@ -48,19 +57,31 @@ class TransformersEngine:
                 use_safetensors=True,
                 **options,
             )
-        except (OSError, ValueError, TypeError) as error:
-            raise UsageError(f"transformers cannot load the teacher {config.teacher}: {error}") from error
+        except (OSError, ValueError, TypeError, SafetensorError) as error:
+            raise UsageError(
+                f"transformers cannot load the teacher {config.teacher}: {error}. Correct engine_options, or download "
+                "the teacher again, whole."
+            ) from error
         if missing := sorted([*loading["missing_keys"], *map(str, loading["mismatched_keys"])]):
             # transformers would go on with random numbers in their place.
             raise UsageError(
                 f"The weights in {config.teacher} lack or misshape {len(missing)} tensors that its configuration asks "
                 f"for, the first of them {missing[0]}. Download the teacher again, whole."
             )
+        text_model = model.config.get_text_config()
+        if getattr(text_model, "attn_logit_softcapping", None) and "attn_implementation" not in options:
+            model.set_attn_implementation("eager")  # the others leave the cap out without a word
         self._model = model.to(self._device).eval()
         self.dtype = str(model.dtype).removeprefix("torch.")
-        self._spec = Spec(top_k=config.targets.top_k, temperatures=config.targets.temperatures)
+        targets = config.targets
+        self._spec = Spec(top_k=targets.top_k, temperatures=targets.temperatures, num_samples=targets.num_samples)
         self._head = _head_of(model, vocab_size, float32=config.head_dtype == "float32")
+        self._chunks = Chunks(vocab_size, self._device)
+        self._chunks.measure()
         self._projector: Projector | None = None
+        self._inner_projector: InnerProjector | None = None
+        heads = kept_heads(text_model, targets)
+        self._inputs = LayerInputs(model, layers=targets.layers, heads=heads)
 
     @property
     def soft_cap(self) -> float | None:
@@ -73,7 +94,7 @@ class TransformersEngine:
     def moments(self, prompts: Iterable[Prompt]) -> Moments:
         dim = int(self._model.config.get_text_config().hidden_size)
         count, sum_D, outer_DD = 0, np.zeros(dim), np.zeros((dim, dim))
-        for _, prompt, hidden_ND in self._forward(prompts):
+        for _, prompt, hidden_ND, _ in self._forward(prompts):
             kept_ND = hidden_ND[first_trained(prompt) :].double().cpu().numpy()
             count += len(kept_ND)
             sum_D += kept_ND.sum(0)
@@ -81,8 +102,12 @@ class TransformersEngine:
         return Moments(count=count, sum_D=sum_D, outer_DD=outer_DD)
 
     def hidden_states(self, prompts: Iterable[Prompt]) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        for ordinal, _, hidden_ND in self._forward(prompts):
+        for ordinal, _, hidden_ND, _ in self._forward(prompts):
             yield ordinal, hidden_ND.float().cpu().numpy()
+
+    def inner_states(self, prompts: Iterable[Prompt]) -> Iterator[tuple[int, dict[int, NDArray[np.float32]]]]:
+        for ordinal, _, _, inputs in self._forward(prompts):
+            yield ordinal, {layer: states_ND.float().cpu().numpy() for layer, states_ND in inputs.items()}
 
     def head_gram(self) -> NDArray[np.float64]:
         gram_DD, sum_D = self._head.gram()
@@ -109,20 +134,59 @@ class TransformersEngine:
 
     def install(self, projection: Projection | None) -> None:
         self._projector = Projector(projection, self._device) if projection else None
+        self._inner_projector = InnerProjector(projection, self._device) if projection else None
 
     def capture(self, prompts: Iterable[Prompt]) -> Iterator[tuple[int, Targets]]:
-        chunk = chunk_rows(self._head.num_ids, is_cuda=self._device.type == "cuda")
-        for ordinal, _, hidden_ND in self._forward(prompts):
-            with torch.inference_mode():
-                found = statistics(self._head, hidden_ND, self._spec, chunk=chunk)
-                hidden = self._projector(hidden_ND) if self._projector else {}
-            yield ordinal, _to_targets(found, hidden)
+        for ordinal, prompt, hidden_ND, inputs in self._forward(prompts):
+            yield ordinal, self._targets(hidden_ND, inputs, seed=seed_of(prompt.sequence_id))
+
+    def answer(self, items: Iterable[Prompt | Question], writing: Writing) -> Iterator[Answer]:
+        for ordinal, item in enumerate(items):
+            if isinstance(item, Prompt):
+                yield from ((ordinal, _NOTHING, targets) for _, targets in self.capture([item]))
+            else:
+                answer, hidden_ND = self._write(item, writing)
+                inputs = self._inputs.of_row(0, len(hidden_ND))
+                yield ordinal, answer, self._targets(hidden_ND, inputs, seed=seed_of(question_id(item)))
+
+    def _targets(self, hidden_ND: torch.Tensor, inputs: dict[int, torch.Tensor], *, seed: int) -> Targets:
+        with torch.inference_mode():
+            keys_N = torch.from_numpy(sampled.keys(seed, 0, len(hidden_ND))).to(self._device)
+            found = statistics(self._head, hidden_ND, self._spec, keys_N=keys_N, chunks=self._chunks)
+            tensors = {field.name: getattr(found, field.name) for field in fields(found)}
+            if self._projector:
+                tensors |= {f"hidden_{bits}": values for bits, values in self._projector(hidden_ND).items()}
+            if self._inner_projector:
+                tensors |= self._inner_projector(inputs) | self._inputs.head_columns(inputs)
+        return targets_of({name: values.cpu().numpy() for name, values in tensors.items()})
+
+    def _write(self, question: Question, writing: Writing) -> tuple[NDArray[np.int32], torch.Tensor]:
+        """An answer [G] and the final hidden states of question and answer but its last token: [P + G - 1, D]."""
+        draws = {"do_sample": True, "temperature": writing.temperature, "top_p": writing.top_p, "top_k": 0}
+        # A configuration of its own, since a teacher's may penalise what it repeats or cut its draws to a few ids.
+        options = transformers.GenerationConfig(
+            max_new_tokens=writing.most(question),
+            eos_token_id=list(writing.stop_ids) or None,
+            pad_token_id=writing.stop_ids[0] if writing.stop_ids else 0,
+            suppress_tokens=list(range(self._head.num_ids, self._model.get_output_embeddings().weight.shape[0]))
+            or None,
+            output_hidden_states=True,
+            return_dict_in_generate=True,
+            **(draws if writing.temperature else {"do_sample": False}),
+        )
+        ids_1P = torch.from_numpy(question.input_ids.astype(np.int64)).to(self._device)[None]
+        self._inputs.clear()
+        with torch.inference_mode(), torch.random.fork_rng():
+            torch.manual_seed(writing.seed_for(question))
+            written = self._model.generate(ids_1P, attention_mask=torch.ones_like(ids_1P), generation_config=options)
+        answer: NDArray[np.int32] = written.sequences[0, ids_1P.shape[1] :].cpu().numpy().astype(np.int32)
+        return answer, torch.cat([step[-1][0] for step in written.hidden_states])
 
     def close(self) -> None:
         del self._model, self._head
 
-    def _forward(self, prompts: Iterable[Prompt]) -> Iterator[tuple[int, Prompt, torch.Tensor]]:
-        """(ordinal, prompt, final hidden states [L-1, D]) for each prompt."""
+    def _forward(self, prompts: Iterable[Prompt]) -> Iterator[_Seen]:
+        """(ordinal, prompt, final hidden states [L-1, D], layer -> its inputs [L-1, D]) for each prompt."""
         source = enumerate(prompts)
         while window := list(islice(source, _WINDOW)):
             window.sort(key=lambda entry: entry[1].num_targets)
@@ -131,13 +195,14 @@ class TransformersEngine:
                 batch, window = window[-fits:], window[:-fits]
                 yield from self._forward_batch(batch)
 
-    def _forward_batch(self, batch: list[tuple[int, Prompt]]) -> Iterator[tuple[int, Prompt, torch.Tensor]]:
+    def _forward_batch(self, batch: list[tuple[int, Prompt]]) -> Iterator[_Seen]:
         length = batch[-1][1].num_targets
         ids_BS = torch.zeros(len(batch), length, dtype=torch.long)
         mask_BS = torch.zeros(len(batch), length, dtype=torch.long)
         for row, (_, prompt) in enumerate(batch):
             ids_BS[row, : prompt.num_targets] = torch.from_numpy(prompt.input_ids[:-1])
             mask_BS[row, : prompt.num_targets] = 1
+        self._inputs.clear()
         try:
             with torch.inference_mode():
                 output = self._model.model(
@@ -148,8 +213,9 @@ class TransformersEngine:
                 f"The teacher's forward pass failed: {error}. Committed units are kept; lower "
                 "engine_options.batch_tokens if memory ran out, and run the same command again."
             ) from error
-        for hidden_SD, (ordinal, prompt) in zip(output.last_hidden_state, batch, strict=True):
-            yield ordinal, prompt, hidden_SD[: prompt.num_targets]
+        for row, (hidden_SD, (ordinal, prompt)) in enumerate(zip(output.last_hidden_state, batch, strict=True)):
+            num = prompt.num_targets
+            yield ordinal, prompt, hidden_SD[:num], self._inputs.of_row(row, num)
 
 
 def _head_of(model: Any, vocab_size: int, *, float32: bool) -> Head:
@@ -163,15 +229,4 @@ def _head_of(model: Any, vocab_size: int, *, float32: bool) -> Head:
         scale=float(getattr(config, "logit_scale", 0) or 1 / float(getattr(config, "logits_scaling", 0) or 1)),
         float32=float32,
         compiled=can_compile(layer.weight.device),
-    )
-
-
-def _to_targets(found: Statistics, hidden: dict[int, torch.Tensor]) -> Targets:
-    return Targets(
-        topk_ids=found.topk_ids.cpu().numpy(),
-        topk_logprobs=found.topk_logprobs.cpu().numpy(),
-        log_z=found.log_z.cpu().numpy(),
-        log_tail=found.log_tail.cpu().numpy(),
-        hidden={bits: values.cpu().numpy() for bits, values in hidden.items()},
-        entropy=found.entropy.cpu().numpy(),
     )

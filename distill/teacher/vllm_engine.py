@@ -7,6 +7,7 @@ never computed. Each sequence is sent without its last token: L-1 prompt tokens 
 
 import os
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import count
 from typing import Any, Literal
 
@@ -17,12 +18,13 @@ from safetensors.numpy import load, save
 from distill.cache.projection import Moments, Projection
 from distill.config import CacheConfig
 from distill.errors import RetryError, UsageError
-from distill.records import Prompt, Targets
-from distill.teacher.engine import FloatArray, first_trained
+from distill.records import Prompt, Question, Targets
+from distill.teacher.engine import Answer, FloatArray, Writing, first_trained, question_id, seed_of, targets_of
 from distill.teacher.vllm_names import check_installed
 
-Mode = Literal["targets", "moments", "hidden"]
+Mode = Literal["targets", "moments", "hidden", "inner"]
 
+_NOTHING = np.zeros(0, np.int32)
 _OLDEST = (0, 18)  # older releases load remote code without being asked to
 # Options that capture depends on.
 _OURS = (
@@ -53,17 +55,20 @@ class VllmEngine:
         self.version = str(vllm.__version__)
         if tuple(int(part) for part in self.version.split(".")[:2]) < _OLDEST:
             raise UsageError(f"vllm {self.version} is too old; install vllm {'.'.join(map(str, _OLDEST))} or newer.")
-        check_installed(self.version)
+        check_installed(self.version, inner=bool(config.targets.layers or config.targets.heads))
         defaults: dict[str, Any] = {"max_model_len": config.max_length, "disable_log_stats": True}
-        if current_platform.is_cpu():
+        self._is_cpu: bool = current_platform.is_cpu()
+        if self._is_cpu:
             # One process: an engine process of its own would only fight for the same cores.
             os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
             defaults |= {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 30, "max_num_seqs": 16}
         settings = {
             "top_k": config.targets.top_k,
             "temperatures": list(config.targets.temperatures),
+            "num_samples": config.targets.num_samples,
             "vocab_size": vocab_size,
             "float32_head": config.head_dtype == "float32",
+            "targets": config.targets.model_dump(mode="json"),
         }
         try:
             self._llm = vllm.LLM(
@@ -88,6 +93,9 @@ class VllmEngine:
         self._window = 2 * self._llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
         self._request_ids = count()
         facts = next(reply for reply in self._llm.collective_rpc("capture_facts") if reply is not None)
+        if facts["inner_refusal"]:
+            self.close()
+            raise UsageError(f"vllm {self.version}: {facts['inner_refusal']}. Or keep no inner layers and no heads.")
         self.dtype: str = facts["dtype"]
         self.kv_cache_dtype: str = facts["kv_cache_dtype"]
         self.soft_cap: float | None = facts["soft_cap"]
@@ -103,15 +111,17 @@ class VllmEngine:
         for ordinal, arrays in self._run(prompts, "hidden"):
             yield ordinal, arrays["hidden"]
 
+    def inner_states(self, prompts: Iterable[Prompt]) -> Iterator[tuple[int, dict[int, NDArray[np.float32]]]]:
+        for ordinal, arrays in self._run(prompts, "inner"):
+            yield ordinal, {int(layer): states for layer, states in arrays.items()}
+
     def capture(self, prompts: Iterable[Prompt]) -> Iterator[tuple[int, Targets]]:
         for ordinal, arrays in self._run(prompts, "targets"):
-            hidden = {
-                int(name.removeprefix("hidden_")): values
-                for name, values in arrays.items()
-                if name.startswith("hidden_")
-            }
-            kept = {name: values for name, values in arrays.items() if not name.startswith("hidden_")}
-            yield ordinal, Targets(**kept, hidden=hidden)
+            yield ordinal, targets_of(arrays)
+
+    def answer(self, items: Iterable[Prompt | Question], writing: Writing) -> Iterator[Answer]:
+        for ordinal, arrays in self._run(items, "targets", writing):
+            yield ordinal, arrays.pop("answer", _NOTHING), targets_of(arrays)
 
     def install(self, projection: Projection | None) -> None:
         self._llm.collective_rpc("capture_install", args=(projection.to_bytes() if projection else b"",))
@@ -148,61 +158,115 @@ class VllmEngine:
         joined: NDArray[np.float32] = np.concatenate([part[name] for part in _in_order(slices)])
         return joined
 
-    def _replies(self, method: str, *args: bytes) -> list[dict[str, NDArray[Any]]]:
+    def _replies(self, method: str, *args: object) -> list[dict[str, NDArray[Any]]]:
         return [load(reply) for reply in self._llm.collective_rpc(method, args=args) if reply is not None]
 
-    def _run(self, prompts: Iterable[Prompt], mode: Mode) -> Iterator[tuple[int, dict[str, NDArray[Any]]]]:
-        """Keeps a window of requests running; memory is bounded by the window, not by the number of prompts."""
+    def _run(
+        self, items: Iterable[Prompt | Question], mode: Mode, writing: Writing | None = None
+    ) -> Iterator[tuple[int, dict[str, NDArray[Any]]]]:
+        """Keeps a window of requests running; memory is bounded by the window, not by the number of items."""
         try:
-            yield from self._stream(prompts, mode)
+            yield from self._stream(items, mode, writing)
         except _engine_failures() as error:
             raise RetryError(
                 f"The vllm engine stopped: {error}. Committed units are kept; run the same command again to go on. If "
                 "it ran out of memory, lower engine_options.max_num_batched_tokens or gpu_memory_utilization."
             ) from error
 
-    def _stream(self, prompts: Iterable[Prompt], mode: Mode) -> Iterator[tuple[int, dict[str, NDArray[Any]]]]:
+    def _stream(
+        self, items: Iterable[Prompt | Question], mode: Mode, writing: Writing | None
+    ) -> Iterator[tuple[int, dict[str, NDArray[Any]]]]:
         engine = self._llm.llm_engine
         self._llm.collective_rpc("capture_begin", args=(mode,))
-        source = enumerate(prompts)
-        waiting: dict[int, int] = {}  # ordinal -> positions
-        running, unread, exhausted = 0, 0, False
-        while waiting or not exhausted:
-            while running < self._window and not exhausted:
-                entry = next(source, None)
-                if entry is None:
+        source = enumerate(items)
+        waiting: dict[int, _Waiting] = {}
+        running: dict[str, int] = {}  # request -> ordinal
+        unread, exhausted = 0, False
+        while running or waiting or not exhausted:
+            while len(running) < self._window and not exhausted:
+                following = next(source, None)
+                if following is None:
                     exhausted = True
                     break
-                self._submit(*entry)
-                waiting[entry[0]] = entry[1].num_targets
-                running += 1
-            if running:
-                finished = sum(output.finished for output in engine.step())
-                running, unread = running - finished, unread + finished
+                ordinal, item = following
+                running[self._submit(ordinal, item, writing)] = ordinal
+                waiting[ordinal] = _Waiting(item=item)
+            for output in engine.step() if running else ():
+                if output.finished:
+                    # With several steps in flight a prompt may have been captured and taken already.
+                    if entry := waiting.get(running.pop(output.request_id)):
+                        entry.finish(output)
+                    unread += 1
             if not running or unread >= self._window // 4:
                 yield from self._finished(waiting)
                 unread = 0
             if not running and exhausted and waiting:
                 raise RuntimeError(f"{len(waiting)} sequences finished without all their positions captured")
 
-    def _submit(self, ordinal: int, prompt: Prompt) -> None:
+    def _submit(self, ordinal: int, item: Prompt | Question, writing: Writing | None) -> str:
+        """The new request's id."""
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
-        key = {"key": ordinal, "num_positions": prompt.num_targets, "first_trained": first_trained(prompt)}
-        parameters = SamplingParams(max_tokens=1, temperature=0, detokenize=False, extra_args={"distill": key})
-        self._llm.llm_engine.add_request(
-            str(next(self._request_ids)), {"prompt_token_ids": prompt.input_ids[:-1].tolist()}, parameters
+        options: dict[str, Any] = {"max_tokens": 1, "temperature": 0}
+        ids = item.input_ids
+        key: dict[str, Any] = {"key": ordinal, "first_trained": 0, "is_open": False}
+        if isinstance(item, Prompt):
+            ids = ids[:-1]
+            key |= {"seed": seed_of(item.sequence_id), "num_positions": item.num_targets}
+            key["first_trained"] = first_trained(item)
+        else:
+            assert writing is not None
+            most = writing.most(item)
+            key |= {"seed": seed_of(question_id(item)), "num_positions": len(ids) + most - 1, "is_open": True}
+            options = {
+                "max_tokens": most,
+                "temperature": writing.temperature,
+                "top_p": writing.top_p,
+                "stop_token_ids": list(writing.stop_ids),
+                # On a CPU vLLM cannot take a draw of a prompt's unfinished part back from a seeded generator.
+                "seed": None if self._is_cpu else writing.seed_for(item),
+            }
+        parameters = SamplingParams(
+            **options,
+            ignore_eos=True,  # stop_token_ids say where an answer ends
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            extra_args={"distill": key},
         )
+        request_id = str(next(self._request_ids))
+        self._llm.llm_engine.add_request(request_id, {"prompt_token_ids": ids.tolist()}, parameters)
+        return request_id
 
-    def _finished(self, waiting: dict[int, int]) -> Iterator[tuple[int, dict[str, NDArray[Any]]]]:
+    def _finished(self, waiting: dict[int, "_Waiting"]) -> Iterator[tuple[int, dict[str, NDArray[Any]]]]:
+        ended = [[ordinal, entry.num_positions] for ordinal, entry in waiting.items() if entry.answer is not None]
         done: dict[int, dict[str, NDArray[Any]]] = {}
-        for name, values in self._replies("capture_take")[0].items():
+        for name, values in self._replies("capture_take", ended)[0].items():
             key, _, array = name.partition("/")
             done.setdefault(int(key), {})[array] = values
         for ordinal, arrays in done.items():
-            expected = waiting.pop(ordinal)
-            assert all(len(values) == expected for values in arrays.values()), "one row for each position"
-            yield ordinal, arrays
+            entry = waiting.pop(ordinal)
+            assert all(len(values) == entry.num_positions for values in arrays.values()), "one row for each position"
+            yield ordinal, arrays if entry.answer is None else {**arrays, "answer": entry.answer}
+
+
+@dataclass(slots=True, kw_only=True)
+class _Waiting:
+    """An item on its way; ``answer`` is known when a question's request has finished."""
+
+    item: Prompt | Question
+    answer: NDArray[np.int32] | None = None
+
+    def finish(self, output: Any) -> None:
+        if isinstance(self.item, Question):
+            self.answer = np.array(output.outputs[0].token_ids, np.int32)
+
+    @property
+    def num_positions(self) -> int:
+        if isinstance(self.item, Prompt):
+            return self.item.num_targets
+        assert self.answer is not None, "asked before the answer has ended"
+        return len(self.item.input_ids) + len(self.answer) - 1
 
 
 def _in_order(slices: list[dict[str, NDArray[Any]]]) -> list[dict[str, NDArray[Any]]]:

@@ -20,6 +20,10 @@ from distill.errors import UsageError
 NAMES: dict[str, dict[str, tuple[str, ...]]] = {
     "entrypoints/llm.py": {"LLM": ("collective_rpc",)},
     "v1/engine/llm_engine.py": {"LLMEngine": ("add_request", "step", "vllm_config", "engine_core", "model_config")},
+    "sampling_params.py": {
+        "": ("RequestOutputKind",),
+        "SamplingParams": ("stop_token_ids", "ignore_eos", "output_kind", "extra_args", "seed", "detokenize"),
+    },
     "v1/engine/exceptions.py": {"": ("EngineDeadError", "EngineGenerateError")},
     "v1/core/sched/output.py": {
         "NewRequestData": ("req_id", "num_computed_tokens", "sampling_params"),
@@ -45,35 +49,60 @@ NAMES: dict[str, dict[str, tuple[str, ...]]] = {
     "distributed/parallel_state.py": {"": ("get_tp_group", "get_pp_group")},
     "distributed/communication_op.py": {"": ("tensor_model_parallel_all_gather",)},
 }
+# What inner layers and attention heads need beside these.
+INNER_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
+    "v1/worker/gpu_model_runner.py": {
+        "GPUModelRunner": ("use_aux_hidden_state_outputs",),
+        "ExecuteModelState": ("aux_hidden_states",),
+    },
+    "v1/worker/gpu/model_runner.py": {
+        "GPUModelRunner": ("use_aux_hidden_state_outputs",),
+        "ExecuteModelState": ("aux_hidden_states",),
+    },
+    "model_executor/models/interfaces.py": {
+        "": ("supports_eagle3",),
+        "SupportsEagle3": ("set_aux_hidden_state_layers",),
+    },
+    "model_executor/layers/linear.py": {"LinearBase": ("quant_method",), "QKVParallelLinear": ("num_kv_heads",)},
+    "distributed/communication_op.py": {"": ("tensor_model_parallel_all_reduce",)},
+}
 
 
-def moved_names(read: Callable[[str], str | None]) -> list[str]:
-    """What of ``NAMES`` is not there, as ``file: Class.name``. ``read`` gives a file's source, or None."""
+def moved_names(
+    read: Callable[[str], str | None], names: dict[str, dict[str, tuple[str, ...]]] | None = None
+) -> list[str]:
+    """What of ``names`` is not there, as ``file: Class.name``. ``read`` gives a file's source, or None."""
     moved = []
-    for file, owners in NAMES.items():
+    for file, owners in (NAMES if names is None else names).items():
         source = read(file)
         if source is None:
             moved.append(f"{file}: the file")
             continue
         tree = ast.parse(source)
-        for owner, names in owners.items():
+        for owner, members in owners.items():
             found = _names_of(tree, owner)
             if found is None:
                 moved.append(f"{file}: {owner}")
             else:
-                moved += [f"{file}: {owner + '.' if owner else ''}{name}" for name in names if name not in found]
+                moved += [f"{file}: {owner + '.' if owner else ''}{name}" for name in members if name not in found]
     return moved
 
 
-def check_installed(version: str) -> None:
-    """Raises UsageError that names what has moved in the vLLM that is installed."""
+def check_installed(version: str, *, inner: bool = False) -> None:
+    """Raises UsageError that names what has moved in the vLLM that is installed; ``inner``: also for inner layers."""
     spec = find_spec("vllm")
     assert spec is not None
     assert spec.origin is not None
-    if moved := moved_names(_reader_of(Path(spec.origin).parent)):
+    read = _reader_of(Path(spec.origin).parent)
+    if moved := moved_names(read):
         raise UsageError(
             f"vllm {version} has moved what capture relies on: {'; '.join(moved)}. Install a release that "
             "docs/vllm.md lists as supported, or use --engine transformers."
+        )
+    if inner and (moved := moved_names(read, INNER_NAMES)):
+        raise UsageError(
+            f"vllm {version} has moved what inner layers rely on: {'; '.join(moved)}. Keep no layers and no heads, "
+            "install a release that docs/vllm.md lists as supported, or use --engine transformers."
         )
 
 
@@ -128,8 +157,10 @@ def main() -> None:
     failed = False
     for path in sys.argv[1:]:
         with zipfile.ZipFile(path) as wheel:
-            moved = moved_names(_wheel_reader(wheel))
+            read = _wheel_reader(wheel)
+            moved, inner = moved_names(read), moved_names(read, INNER_NAMES)
         print(f"{Path(path).name}: {'; '.join(moved) or 'every name is there'}")
+        print(f"{Path(path).name}, for inner layers: {'; '.join(inner) or 'every name is there'}")
         failed |= bool(moved)
     sys.exit(failed)
 

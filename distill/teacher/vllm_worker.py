@@ -14,22 +14,22 @@ import numpy as np
 import torch
 from safetensors.numpy import load, save
 from vllm.distributed import get_pp_group, get_tp_group, tensor_model_parallel_all_gather
-from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.platforms import current_platform
 
 from distill.cache.projection import Projection
+from distill.config import TargetsConfig
+from distill.teacher import sampled
 from distill.teacher.capture import (
-    Head,
     LocalStatistics,
     Projector,
     Spec,
     Statistics,
-    can_compile,
-    chunk_rows,
-    joined,
-    local_statistics,
+    local_in_chunks,
     merge,
 )
+from distill.teacher.chunks import Chunks
+from distill.teacher.vllm_head import find_head, forbid_padding
+from distill.teacher.vllm_inner import InnerLayers
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as BaseWorker
@@ -39,11 +39,17 @@ else:
 
 @dataclass(slots=True, kw_only=True)
 class _Request:
-    """One sequence on its way: its key, how many positions it will have, and the pieces captured so far."""
+    """One sequence on its way: its key, how many positions it will have, and the pieces captured so far.
+
+    Of an answer that is being written (``is_open``) ``num_positions`` is the most it can have, until the engine says
+    that it has ended.
+    """
 
     key: int
+    seed: int
     num_positions: int
     first_trained: int
+    is_open: bool
     done: int
     pieces: list["_Piece"]
 
@@ -65,7 +71,16 @@ class CaptureWorker(BaseWorker):  # type: ignore[misc]
         """Loads the model, then finds its LM head."""
         super().load_model(**options)
         settings = self.vllm_config.additional_config["distill"]
-        self._capture_spec = Spec(top_k=settings["top_k"], temperatures=tuple(settings["temperatures"]))
+        self._capture_inner = InnerLayers(
+            self.model_runner,
+            targets=TargetsConfig.model_validate(settings["targets"]),
+            eager=self.model_config.enforce_eager,
+        )
+        self._capture_spec = Spec(
+            top_k=settings["top_k"],
+            temperatures=tuple(settings["temperatures"]),
+            num_samples=settings["num_samples"],
+        )
         self._capture_requests: dict[str, _Request] = {}
         self._capture_ready: list[_Request] = []
         self._capture_mode = "off"
@@ -74,8 +89,9 @@ class CaptureWorker(BaseWorker):  # type: ignore[misc]
         self._capture_active = get_pp_group().is_last_rank
         if self._capture_active:
             model = self.model_runner.get_model()
-            self._capture_head = _find_head(model, settings["vocab_size"], float32=settings["float32_head"])
-            self._capture_chunk = chunk_rows(self._capture_head.num_ids, is_cuda=not current_platform.is_cpu())
+            self._capture_head = find_head(model, settings["vocab_size"], float32=settings["float32_head"])
+            forbid_padding(model, settings["vocab_size"])
+            self._capture_chunks = Chunks(self._capture_head.num_ids, self.device)
 
     @property
     def _capture_answers(self) -> bool:
@@ -118,7 +134,8 @@ class CaptureWorker(BaseWorker):  # type: ignore[misc]
             offset += count
         if rows:
             index = torch.from_numpy(np.concatenate(keep)).to(state.hidden_states.device, non_blocking=True)
-            self._capture_rows(state.hidden_states.index_select(0, index), rows)
+            inputs = self._capture_inner.inputs(state, index)
+            self._capture_rows(state.hidden_states.index_select(0, index), inputs, rows)
 
     def _capture_register(self, scheduled: Any) -> dict[str, int]:
         """Notes new requests; returns each scheduled request's first position in this step."""
@@ -129,8 +146,10 @@ class CaptureWorker(BaseWorker):  # type: ignore[misc]
             if extra is not None and new.req_id not in self._capture_requests:
                 self._capture_requests[new.req_id] = _Request(
                     key=extra["key"],
+                    seed=extra["seed"],
                     num_positions=extra["num_positions"],
                     first_trained=extra["first_trained"],
+                    is_open=extra["is_open"],
                     done=0,
                     pieces=[],
                 )
@@ -138,20 +157,24 @@ class CaptureWorker(BaseWorker):  # type: ignore[misc]
         starts.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
         return starts
 
-    def _capture_rows(self, hidden_ND: torch.Tensor, rows: list[tuple[_Request, int, int]]) -> None:
+    def _capture_rows(
+        self, hidden_ND: torch.Tensor, inputs: dict[int, torch.Tensor], rows: list[tuple[_Request, int, int]]
+    ) -> None:
         if self._capture_mode == "moments":
             tensors = {"trained": self._capture_add_moments(hidden_ND, rows)}
         elif self._capture_mode == "hidden":
             tensors = {"hidden": hidden_ND.float()}
+        elif self._capture_mode == "inner":
+            tensors = {str(layer): states_ND.float() for layer, states_ND in inputs.items()}
         else:
-            tensors = self._capture_targets(hidden_ND)
+            tensors = self._capture_targets(hidden_ND, rows) | self._capture_inner.columns(inputs)
         host, copied = _to_host(tensors) if self._capture_answers else ({}, None)
         offset = 0
         for request, start, stop in rows:
             request.pieces.append(_Piece(tensors=host, copied=copied, start=offset, stop=offset + stop - start))
             offset += stop - start
             request.done = stop
-            if request.done == request.num_positions:
+            if request.done == request.num_positions and not request.is_open:
                 self._capture_finish(request)
 
     def _capture_finish(self, request: _Request) -> None:
@@ -160,15 +183,20 @@ class CaptureWorker(BaseWorker):  # type: ignore[misc]
         if self._capture_answers:
             self._capture_ready.append(request)
 
-    def _capture_targets(self, hidden_ND: torch.Tensor) -> dict[str, torch.Tensor]:
-        parts: list[Statistics] = []
-        for chunk_ND in hidden_ND.split(self._capture_chunk):
-            slices = self._capture_slices(local_statistics(self._capture_head, chunk_ND, self._capture_spec))
-            if self._capture_answers:
-                parts.append(merge(slices, self._capture_spec))
-        if not parts:
+    def _capture_targets(
+        self, hidden_ND: torch.Tensor, rows: list[tuple[_Request, int, int]]
+    ) -> dict[str, torch.Tensor]:
+        spec, rank = self._capture_spec, get_tp_group().rank_in_group
+        keys = [sampled.keys(request.seed, start, stop) for request, start, stop in rows]
+        keys_N = torch.from_numpy(np.concatenate(keys)).to(hidden_ND.device, non_blocking=True)
+        # Ranks may differ in what fits into their memory, so they meet once for all positions of a step.
+        local = local_in_chunks(
+            self._capture_head, hidden_ND, spec, chunks=self._capture_chunks, keys_N=keys_N, rank=rank
+        )
+        slices = self._capture_slices(local)
+        if not self._capture_answers:
             return {}
-        statistics = joined(parts)
+        statistics = merge(slices, spec, keys_N=keys_N)
         tensors = {field.name: getattr(statistics, field.name) for field in fields(Statistics)}
         if self._capture_projector is not None:
             for bits, values in self._capture_projector(hidden_ND).items():
@@ -176,15 +204,12 @@ class CaptureWorker(BaseWorker):  # type: ignore[misc]
         return tensors
 
     def _capture_slices(self, local: LocalStatistics) -> list[LocalStatistics]:
-        """Every tensor-parallel rank's statistics: one gather of 2k + T + 1 numbers for each position."""
+        """Every tensor-parallel rank's statistics: one gather of 2k + T + 1 + S numbers for each position."""
         if get_tp_group().world_size == 1:
             return [local]
         packed = local.packed()
         gathered = tensor_model_parallel_all_gather(packed, dim=-1)
-        return [
-            LocalStatistics.unpacked(part, top_k=self._capture_spec.top_k)
-            for part in gathered.split(packed.shape[1], dim=1)
-        ]
+        return [LocalStatistics.unpacked(part, self._capture_spec) for part in gathered.split(packed.shape[1], dim=1)]
 
     def _capture_add_moments(self, hidden_ND: torch.Tensor, rows: list[tuple[_Request, int, int]]) -> torch.Tensor:
         trained = np.concatenate([np.arange(start, stop) >= request.first_trained for request, start, stop in rows])
@@ -199,10 +224,12 @@ class CaptureWorker(BaseWorker):  # type: ignore[misc]
     # processes loses their types.
 
     def capture_begin(self, mode: str) -> None:
-        """Starts a phase: ``targets``, ``moments`` or ``hidden``; no request may be running."""
+        """Starts a phase: ``targets``, ``moments``, ``hidden`` or ``inner``; no request may be running."""
         self._capture_mode = mode
         self._capture_requests.clear()
         self._capture_ready.clear()
+        if self._capture_active:
+            self._capture_chunks.measure()
         if mode == "moments" and self._capture_active:
             dim = self.model_config.get_hidden_size()
             shapes: list[tuple[int, ...]] = [(1,), (dim,), (dim, dim)]
@@ -211,10 +238,24 @@ class CaptureWorker(BaseWorker):  # type: ignore[misc]
     def capture_install(self, projection: bytes) -> None:
         """Sets the projection; empty bytes remove it."""
         if self._capture_active:
-            self._capture_projector = Projector(Projection.from_bytes(projection), self.device) if projection else None
+            installed = Projection.from_bytes(projection) if projection else None
+            self._capture_projector = Projector(installed, self.device) if installed else None
+            self._capture_inner.install(installed, self.device)
 
-    def capture_take(self) -> bytes | None:
-        """The sequences finished since the last call: ``<key>/<name>`` -> array of its positions."""
+    def capture_take(self, ended: list[tuple[int, int]]) -> bytes | None:
+        """The sequences finished since the last call: ``<key>/<name>`` -> array of its positions.
+
+        ``ended`` says of answers that have ended, key by key, how many positions they have.
+        """
+        by_key = {request.key: request for request in self._capture_requests.values()}
+        for key, num_positions in ended:
+            if request := by_key.get(key):
+                if request.done < num_positions:
+                    raise RuntimeError(
+                        f"sequence {key} ended with {request.done} of {num_positions} positions captured"
+                    )
+                request.num_positions = num_positions
+                self._capture_finish(request)
         if not self._capture_answers:
             return None
         arrays: dict[str, np.ndarray] = {}
@@ -223,9 +264,11 @@ class CaptureWorker(BaseWorker):  # type: ignore[misc]
                 if piece.copied is not None:
                     piece.copied.synchronize()
             for name in request.pieces[0].tensors:
-                arrays[f"{request.key}/{name}"] = np.concatenate(
+                whole = np.concatenate(
                     [piece.tensors[name][piece.start : piece.stop].numpy() for piece in request.pieces]
                 )
+                # A step may have been begun before the one in which the answer ended was looked at.
+                arrays[f"{request.key}/{name}"] = np.ascontiguousarray(whole[: request.num_positions])
         self._capture_ready.clear()
         return bytes(save(arrays))
 
@@ -270,66 +313,12 @@ class CaptureWorker(BaseWorker):  # type: ignore[misc]
         if not self._capture_answers:
             return None
         return {
+            "inner_refusal": self._capture_inner.refusal,
             "soft_cap": self._capture_head.soft_cap,
             "scale": self._capture_head.scale,
             "dtype": str(self.model_config.dtype).removeprefix("torch."),
             "kv_cache_dtype": str(self.cache_config.cache_dtype),
         }
-
-
-class _StopAtHeadError(Exception):
-    """Carries the arguments of a LogitsProcessor's call out of the model."""
-
-
-def _find_head(model: Any, vocab_size: int, *, float32: bool) -> Head:
-    """This rank's slice of the LM head. ``vocab_size`` cuts the padding that checkpoints carry (Qwen's 152,064).
-
-    Models name their heads differently (Gemma has none but its embedding), so the model is asked for logits and
-    stopped where it hands its head to the LogitsProcessor.
-    """
-    language_model = model.get_language_model() if hasattr(model, "get_language_model") else model
-    processors = [module for module in language_model.modules() if isinstance(module, LogitsProcessor)]
-    if len(processors) != 1:
-        raise RuntimeError(f"expected one LogitsProcessor in {type(model).__name__}, found {len(processors)}")
-    lm_head, bias = _head_given_to(processors[0], language_model)
-    weight = getattr(lm_head, "weight", None)
-    if weight is None or not weight.is_floating_point():
-        raise RuntimeError("the LM head is quantised; capture needs a checkpoint whose head is not")
-    first = int(lm_head.shard_indices.org_vocab_start_index)
-    num_ids = min(int(lm_head.shard_indices.num_org_elements), vocab_size - first)
-    if num_ids < 1:
-        raise RuntimeError(f"rank {get_tp_group().rank_in_group} holds no real token; use fewer tensor-parallel ranks")
-    return Head(
-        weight,
-        first_id=first,
-        num_ids=num_ids,
-        bias=bias,
-        soft_cap=processors[0].soft_cap,
-        scale=float(processors[0].scale),
-        float32=float32,
-        compiled=can_compile(weight.device),
-    )
-
-
-def _head_given_to(processor: torch.nn.Module, language_model: Any) -> tuple[Any, torch.Tensor | None]:
-    def stop(_module: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
-        raise _StopAtHeadError(arguments)
-
-    weight = next(language_model.parameters())
-    dim = language_model.config.get_text_config().hidden_size
-    probe_1D = torch.linspace(-1, 1, dim, dtype=weight.dtype, device=weight.device)[None]
-    handle = processor.register_forward_pre_hook(stop)
-    try:
-        language_model.compute_logits(probe_1D)
-    except _StopAtHeadError as call:
-        lm_head, hidden_1D, *rest = call.args[0]
-    else:
-        raise RuntimeError(f"{type(language_model).__name__}.compute_logits never calls its LogitsProcessor")
-    finally:
-        handle.remove()
-    if not torch.equal(hidden_1D, probe_1D):
-        raise RuntimeError(f"{type(language_model).__name__} changes its hidden states before the LM head")
-    return lm_head, rest[0] if rest else getattr(lm_head, "bias", None)
 
 
 def _to_host(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], torch.cuda.Event | None]:

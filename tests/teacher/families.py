@@ -35,18 +35,21 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def save_tiny(family: str, folder: Path) -> Path:
-    """Writes a random model of ``family`` and a tokenizer of 500 words to ``folder``."""
+def save_tiny(family: str, folder: Path, *, bias: float = 0.3, **more: Any) -> Path:
+    """Writes a random model of ``family`` and a tokenizer of 500 words to ``folder``.
+
+    Biases have a standard deviation of ``bias``; ``more`` goes to the model's configuration.
+    """
     vocabulary = {f"t{i}": i for i in range(500)}
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="t0")), eos_token="t2", pad_token="t0"
     )
     torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**{**SMALL, **FAMILIES[family]})
+    config = getattr(transformers, f"{family}Config")(**{**SMALL, **FAMILIES[family], **more})
     model = getattr(transformers, f"{family}ForCausalLM")(config)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
-            torch.nn.init.normal_(parameter, std=0.3)
+            torch.nn.init.normal_(parameter, std=bias)
     model.to(torch.float32).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -23,8 +23,16 @@ from distill.teacher.capture import (
     merge,
     statistics,
 )
+from distill.teacher.chunks import Chunks
 
 SPEC = Spec(top_k=64, temperatures=(4.0, 2.0, 1.0))
+
+
+def in_chunks(rows: int) -> Chunks:
+    """So many positions at a time."""
+    chunks = Chunks(5003, torch.device("cpu"))
+    chunks.rows = rows
+    return chunks
 
 
 def _case(rows: int = 5003, *, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,7 +74,7 @@ def _assert_exact(found: Statistics, logits_NV: torch.Tensor, spec: Spec) -> Non
 def test_statistics_equal_a_float64_reference(temperatures: tuple[float, ...], chunk: int) -> None:
     weight_VD, hidden_ND = _case()
     spec = Spec(top_k=64, temperatures=temperatures)
-    found = statistics(Head(weight_VD, num_ids=len(weight_VD)), hidden_ND, spec, chunk=chunk)
+    found = statistics(Head(weight_VD, num_ids=len(weight_VD)), hidden_ND, spec, chunks=in_chunks(chunk))
     _assert_exact(found, hidden_ND @ weight_VD.T, spec)
 
 
@@ -77,8 +85,8 @@ def test_the_compiled_pass_equals_the_plain_one() -> None:
     for weight, float32 in ((weight_VD, True), (weight_VD.bfloat16(), False)):
         plain = Head(weight, num_ids=5003, float32=float32)
         compiled = Head(weight, num_ids=5003, float32=float32, compiled=True)
-        expected = statistics(plain, hidden_ND.to(weight.dtype), SPEC, chunk=16)
-        found = statistics(compiled, hidden_ND.to(weight.dtype), SPEC, chunk=16)
+        expected = statistics(plain, hidden_ND.to(weight.dtype), SPEC, chunks=in_chunks(16))
+        found = statistics(compiled, hidden_ND.to(weight.dtype), SPEC, chunks=in_chunks(16))
         for name in ("topk_logprobs", "log_z", "log_tail", "entropy"):
             assert torch.allclose(getattr(found, name), getattr(expected, name), atol=1e-5), name
         logits_NV = plain.logits(hidden_ND.to(weight.dtype)).float()
@@ -91,7 +99,7 @@ def test_the_compiled_pass_equals_the_plain_one() -> None:
 def test_a_tiny_tail_keeps_its_relative_precision() -> None:
     weight_VD, hidden_ND = _case(scale=4.0)
     logits_NV = (hidden_ND @ weight_VD.T).double()
-    found = statistics(Head(weight_VD, num_ids=len(weight_VD)), hidden_ND, SPEC, chunk=64)
+    found = statistics(Head(weight_VD, num_ids=len(weight_VD)), hidden_ND, SPEC, chunks=in_chunks(64))
     expected = _reference(logits_NV, SPEC)["log_tail"]
     assert expected[:, 2].min() < np.log(1e-8), "the case must hold tails far below float32's epsilon"
     assert (found.log_tail[:, 2].double() - expected[:, 2]).abs().max() < 1e-4
@@ -105,7 +113,7 @@ def test_vocabulary_slices_merge_to_the_whole(bounds: tuple[int, ...]) -> None:
     for first, last in pairwise(bounds):
         head = Head(weight_VD[first:last], first_id=first, num_ids=last - first)
         packed = local_statistics(head, hidden_ND, SPEC).packed()
-        parts.append(LocalStatistics.unpacked(packed, top_k=SPEC.top_k))
+        parts.append(LocalStatistics.unpacked(packed, SPEC))
     _assert_exact(merge(parts, SPEC), hidden_ND @ weight_VD.T, SPEC)
 
 
@@ -115,7 +123,7 @@ def test_padded_rows_bias_scale_and_soft_cap() -> None:
     real = 4990
     head = Head(weight_VD, num_ids=real, bias=bias_V, soft_cap=8.0, scale=1.5)
     logits_NV = 1.5 * 8.0 * torch.tanh((hidden_ND @ weight_VD.T + bias_V) / 8.0)
-    found = statistics(head, hidden_ND, SPEC, chunk=16)
+    found = statistics(head, hidden_ND, SPEC, chunks=in_chunks(16))
     assert int(found.topk_ids.max()) < real
     _assert_exact(found, logits_NV[:, :real], SPEC)
 
@@ -123,7 +131,7 @@ def test_padded_rows_bias_scale_and_soft_cap() -> None:
 def test_k_of_the_whole_vocabulary_leaves_the_floor_as_tail() -> None:
     weight_VD, hidden_ND = _case(rows=32)
     spec = Spec(top_k=32, temperatures=(2.0, 1.0))
-    found = statistics(Head(weight_VD, num_ids=32), hidden_ND, spec, chunk=16)
+    found = statistics(Head(weight_VD, num_ids=32), hidden_ND, spec, chunks=in_chunks(16))
     assert torch.all(found.log_tail == LOG_TAIL_FLOOR)
     assert torch.isfinite(found.entropy).all()
     assert torch.allclose(found.topk_logprobs.exp().sum(1), torch.ones(len(hidden_ND)), atol=1e-5)
@@ -142,8 +150,8 @@ def test_a_bfloat16_head_errs_no_more_than_its_own_rounding() -> None:
     weight_VD, hidden_ND = _case()
     weight_VD, hidden_ND = weight_VD.bfloat16(), hidden_ND.bfloat16()
     exact_NV = hidden_ND.float() @ weight_VD.float().T
-    _assert_exact(statistics(Head(weight_VD, num_ids=5003), hidden_ND, SPEC, chunk=64), exact_NV, SPEC)
-    low = statistics(Head(weight_VD, num_ids=5003, float32=False), hidden_ND, SPEC, chunk=64)
+    _assert_exact(statistics(Head(weight_VD, num_ids=5003), hidden_ND, SPEC, chunks=in_chunks(64)), exact_NV, SPEC)
+    low = statistics(Head(weight_VD, num_ids=5003, float32=False), hidden_ND, SPEC, chunks=in_chunks(64))
     own_error = ((hidden_ND @ weight_VD.T).float() - exact_NV).abs().max()
     assert (low.log_z.double() - _reference(exact_NV, SPEC)["log_z"]).abs().max() <= 2 * own_error
 

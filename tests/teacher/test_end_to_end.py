@@ -5,7 +5,6 @@ What it protects: the shift between positions and targets, chunked prefill, mask
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distill.cache.reader import CacheReader
-from distill.records import SequenceTargets
+from tests.teacher.check import K, assert_numbers, sequences
 from tests.teacher.conftest import CHUNK, run_cli
-
-TEMPERATURES = (4.0, 2.0, 1.0)
-K = 64
 
 
 def fill(engine: str, teacher: Path, data_files: dict[str, Path], out: Path, *more: str) -> CacheReader:
@@ -60,24 +56,6 @@ def transformers_cache(
     return fill("transformers", tiny_teacher, data_files, tmp_path_factory.mktemp("hf") / "cache")
 
 
-def sequences(cache: CacheReader) -> dict[str, SequenceTargets]:
-    """Every row of a cache by its sequence_id."""
-    rows = (row for commit in cache.commits for split in ("train", "eval") for row in cache.sequences(commit, split))
-    return {row.prompt.sequence_id: row for row in rows}
-
-
-def forward(teacher: Path, rows: list[SequenceTargets]) -> Iterator[tuple[SequenceTargets, np.ndarray, np.ndarray]]:
-    """(row, log-probabilities [L-1, V] float64 of the next token, final hidden states [L-1, D]) by transformers."""
-    model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32).eval()
-    vocab_size = len(AutoTokenizer.from_pretrained(teacher))
-    for row in rows:
-        ids = torch.tensor(row.prompt.input_ids, dtype=torch.long)[None]
-        with torch.inference_mode():
-            output = model(ids, output_hidden_states=True)
-        logits_NV = output.logits[0, :-1, :vocab_size].double()
-        yield row, logits_NV.log_softmax(1).numpy(), output.hidden_states[-1][0, :-1].numpy()
-
-
 @pytest.mark.parametrize("engine", ["vllm", "transformers"])
 def test_every_captured_number_equals_a_forward_pass(
     engine: str, tiny_teacher: Path, request: pytest.FixtureRequest
@@ -86,31 +64,7 @@ def test_every_captured_number_equals_a_forward_pass(
     rows = list(sequences(cache).values())
     lengths = {row.prompt.num_targets for row in rows if row.prompt.domain == "texts"}
     assert {1, CHUNK - 1, CHUNK, CHUNK + 1, 150, 200} <= lengths
-    for row, logprobs_NV, hidden_ND in forward(tiny_teacher, rows):
-        targets = row.targets
-        found_NK = np.take_along_axis(logprobs_NV, targets.topk_ids.astype(np.int64), axis=1)
-        assert np.abs(targets.topk_logprobs - found_NK).max() <= 2e-3
-        # Equal ids except ties: what was kept is as likely as what ought to be kept.
-        best_NK = -np.sort(-logprobs_NV, axis=1)[:, :K]
-        assert np.abs(found_NK - best_NK).max() <= 1e-4
-        assert all(len(set(ids)) == K for ids in targets.topk_ids.tolist())
-        for j, temperature in enumerate(TEMPERATURES):
-            scaled_NV = logprobs_NV / temperature
-            log_z_N = np.log(np.exp(scaled_NV).sum(1))
-            assert np.abs(targets.log_z[:, j] - log_z_N).max() <= 1e-4
-            probs_NV = np.exp(scaled_NV - log_z_N[:, None])
-            np.put_along_axis(probs_NV, targets.topk_ids.astype(np.int64), 0.0, axis=1)
-            tail_N = probs_NV.sum(1)
-            assert np.abs(targets.log_tail[:, j] - np.log(tail_N))[tail_N > 1e-6].max() <= 1e-3
-        entropy_N = -(np.exp(logprobs_NV) * logprobs_NV).sum(1)
-        assert np.abs(targets.entropy - entropy_N).max() <= 1e-3
-        projection = cache.projection
-        assert projection is not None
-        expected = projection.quantise((hidden_ND - projection.mean_D) @ projection.down_RD.T)
-        for bits, values in expected.items():
-            # A coordinate on the edge of two levels may fall to either side.
-            assert np.abs(targets.hidden[bits].astype(int) - values).max() <= 1
-            assert (targets.hidden[bits] != values).mean() < 0.01
+    assert_numbers(cache, tiny_teacher, rows)
 
 
 def test_both_engines_write_the_same_rows(vllm_cache: CacheReader, transformers_cache: CacheReader) -> None:

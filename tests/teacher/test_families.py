@@ -16,7 +16,12 @@ from tests.teacher.families import FAMILIES, save_tiny
 
 pytest.importorskip("vllm", exc_type=ImportError)
 
-SECOND = ("Qwen3", "Qwen3@tight")  # also in vLLM's second model runner
+MODES = ("Qwen3@tight", "Qwen3@compiled")  # see tests.teacher.capture_models
+# In vLLM's second model runner, which alone has pipeline stages on a CPU; each stage needs a core of its own.
+SECOND = ("Qwen3", "Qwen3@tight")
+CORES = sorted(os.sched_getaffinity(0))
+STAGES = ("Qwen3@pp",) if len(CORES) > 1 else ()
+RUNS = [*FAMILIES, *MODES, *(f"{name} v2" for name in SECOND + STAGES)]
 
 
 @pytest.fixture(scope="module")
@@ -26,17 +31,24 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, floa
     for name in FAMILIES:
         save_tiny(name, root / name)
     return {
-        **captured(*(str(root / name) for name in (*FAMILIES, "Qwen3@tight"))),
-        **{f"{name} v2": errors for name, errors in captured(*(str(root / n) for n in SECOND), v2=True).items()},
+        **captured(*(str(root / name) for name in (*FAMILIES, *MODES))),
+        **second(*(str(root / name) for name in SECOND)),
+        **(second(*(str(root / name) for name in STAGES), bind="|".join(map(str, CORES[:2]))) if STAGES else {}),
     }
 
 
-def captured(*folders: str, v2: bool = False) -> dict[str, dict[str, float]]:
+def second(*folders: str, bind: str = "") -> dict[str, dict[str, float]]:
+    """``captured`` in the second model runner."""
+    more = {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
+    found = captured(*folders, **more, **({"VLLM_CPU_OMP_THREADS_BIND": bind} if bind else {}))
+    return {f"{name} v2": errors for name, errors in found.items()}
+
+
+def captured(*folders: str, **more: str) -> dict[str, dict[str, float]]:
     """What ``tests.teacher.capture_models`` prints."""
     repository = Path(__file__).parents[2]
     command = [sys.executable, "-m", "tests.teacher.capture_models", *folders]
-    second = {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"} if v2 else {}
-    environment = {**os.environ, "PYTHONPATH": str(repository), **second}
+    environment = {**os.environ, "PYTHONPATH": str(repository), **more}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=repository)
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, dict[str, float]] = json.loads(done.stdout.splitlines()[-1])
@@ -57,7 +69,24 @@ def test_both_model_runners_were_at_work(report: dict[str, dict[str, float]]) ->
     assert {name for name, errors in report.items() if errors["v2"]} == {f"{name} v2" for name in SECOND}
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "Qwen3@tight", "Qwen3 v2", "Qwen3@tight v2"])
+def test_a_compiled_model_gives_its_states_too(report: dict[str, dict[str, float]]) -> None:
+    assert {name for name, errors in report.items() if errors["compiled"]} == {"Qwen3@compiled"}
+
+
+@pytest.mark.parametrize("family", [name for name in RUNS if name.startswith("Qwen3") and "Moe" not in name])
+def test_answers_are_captured_while_they_are_written(family: str, report: dict[str, dict[str, float]]) -> None:
+    worst = report[family]
+    assert worst["greedy"] <= 1e-3
+    assert worst["answer topk_logprobs"] <= 1e-3
+    assert worst["answer best"] <= 1e-3
+    for temperature in (4, 2, 1):
+        assert worst[f"answer log_z {temperature}"] <= 1e-4
+        assert worst[f"answer log_tail {temperature}"] <= 1e-3
+    assert worst["shortest"] < worst["longest"] <= 40
+    assert worst["different"] >= 6, "eight drawn answers are not the same few"
+
+
+@pytest.mark.parametrize("family", RUNS)
 def test_capture_equals_the_familys_own_logits(family: str, report: dict[str, dict[str, float]]) -> None:
     worst = report[family]
     assert worst["spread"] > 0.2, "the logits must differ enough for an error to show"
