@@ -13,10 +13,10 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Literal
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, JsonValue
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue
 from safetensors import SafetensorError
 
 from distill.cache import document, storage
@@ -29,6 +29,7 @@ OPTIMIZER = "trainer.safetensors"
 FEATURE = "feature.safetensors"
 STATE = "state.json"
 _KEPT = 2  # newest step checkpoints; two, since the newest may turn out damaged
+_MOST = 2**53  # steps or sequences; what JSON's readers agree on
 _FIX = "Delete the folder to go on from an older checkpoint, or restore it from a copy."
 
 
@@ -39,14 +40,14 @@ class _Model(BaseModel):
 class Best(_Model):
     """The evaluated step with the lowest held-out objective so far."""
 
-    step: int
+    step: int = Field(ge=0, le=_MOST)
     objective: float
 
 
 class Reweighting(_Model):
     """Sampling weights that hold from ``position`` on, until the next ones; see sampling.py."""
 
-    position: int  # sequences consumed
+    position: int = Field(ge=0, le=_MOST)  # sequences consumed
     weights: dict[str, float]
 
 
@@ -57,19 +58,26 @@ class FileRecord(_Model):
     num_bytes: int
 
 
+def _stays_in_run(base: str) -> str:
+    below = PurePosixPath(base.removeprefix("run:"))
+    if base.startswith("run:") and (below.is_absolute() or ".." in below.parts):
+        raise ValueError("leads out of the run's folder")
+    return base
+
+
 class State(_Model):
     """``state.json``: where a stage stands, and what its checkpoint consists of."""
 
     format: Literal["distill-checkpoint"] = "distill-checkpoint"
     version: Literal[1] = 1
     stage: int
-    step: int  # optimizer steps done
-    position: int  # sequences consumed
+    step: int = Field(ge=0, le=_MOST)  # optimizer steps done
+    position: int = Field(ge=0, le=_MOST)  # sequences consumed
     finished: bool
     best: Best | None = None
     evaluation: Evaluation | None = None  # the newest at this step or before
     settings: dict[str, JsonValue]  # what must be equal to go on; see stage.settings_of
-    base: str | None = None  # of an adapter: see origin.py
+    base: Annotated[str, AfterValidator(_stays_in_run)] | None = None  # of an adapter: see origin.py
     sampling: tuple[Reweighting, ...] = ()  # an input to the order of the examples
     balance: dict[str, float] | None = None  # smoothed gradient norms of the losses; see balance.py
     scaler: dict[str, int | float] | None = None
@@ -116,6 +124,7 @@ def publish(source: Path, target: Path, state: State, *, leave_out: str | None =
 def read_state(folder: Path) -> State:
     """What a checkpoint says of itself; its other files are not looked at. Raises CorruptionError as below."""
     path = folder / STATE
+    storage.refuse_strange(path)
     try:
         return document.parse(State, storage.read(path), path=path, fix=_FIX)
     except FileNotFoundError as error:
@@ -124,11 +133,13 @@ def read_state(folder: Path) -> State:
 
 def read_checkpoint(folder: Path) -> State:
     """The state of a checkpoint whose every file is what was written. Raises CorruptionError, which names the file."""
+    for item in folder.rglob("*"):
+        storage.refuse_strange(item)
     state = read_state(folder)
     found = {item.relative_to(folder).as_posix(): item for item in _files(folder) if item != folder / STATE}
     if set(found) != set(state.files):
         wrong = sorted(set(found) ^ set(state.files))
-        raise CorruptionError(f"{folder} should not have, or lacks, {', '.join(wrong)}. {_FIX}")
+        raise CorruptionError(f"{folder} should not have, or lacks, {', '.join(map(repr, wrong))}. {_FIX}")
     for name, record in state.files.items():
         item = found[name]
         if item.stat().st_size != record.num_bytes or file_hash(item) != record.sha256:

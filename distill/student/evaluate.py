@@ -5,15 +5,18 @@
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from distill.cache.join import open_caches
 from distill.cache.reader import CacheReader
 from distill.config import StageConfig, TrainConfig
 from distill.errors import DataError, UsageError
-from distill.student.batch import NO_GROUP, DistillBatch, Example, collate, example_of, micro_batches
+from distill.student.batch import NO_GROUP, DistillBatch, Example, collate, example_of, rank_batches
 from distill.student.contrast import candidates_of, contrastive_sum
 from distill.student.figures import Evaluation
 from distill.student.losses.ce import cross_entropy
@@ -22,13 +25,15 @@ from distill.student.losses.divergence import Divergence
 from distill.student.losses.feature import FeatureAdapter
 from distill.student.losses.fused import chunks_of_logits
 from distill.student.losses.kl import forward_kl
+from distill.student.mixture import has_share
 from distill.student.model import Student, load_student
-from distill.student.objective import TeacherView
+from distill.student.objective import TeacherView, attention_loss_of, feature_sum
 from distill.student.order import permutation
 from distill.student.origin import origin_of
 from distill.student.precision import resolve_precision
+from distill.student.ranks import ALONE, Ranks
 from distill.student.sums import Sums
-from distill.student.tokenizer import matching_tokenizer
+from distill.student.tokenizer import load_tokenizer, matching_tokenizer
 
 _READ_AT_ONCE = 256  # examples that are sorted by length together
 
@@ -44,28 +49,36 @@ class Evaluator:
         *,
         temperatures: tuple[float, ...],
         stage: StageConfig | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self._student, self._view, self._config = student, view, config
         self._temperatures = temperatures
         self._stage = stage
+        self._ranks = ranks  # which share the rows between them, and come to the same figures
         self._divergence = None if stage is None or stage.divergence == "forward" else Divergence.of(stage)
+        self._attention = None if stage is None else attention_loss_of(student, view, stage)
 
     def __call__(
         self, held_out: Mapping[str, Iterable[Example]], adapter: FeatureAdapter | None = None
     ) -> Evaluation | None:
-        """Figures of the rows of each domain, and of each group that they name; None when no token is trained."""
+        """Figures of the rows of each domain, and of each group that they name; None when no token is trained.
+
+        Domains that the stage does not train on have figures of their own, and are in no other's.
+        """
         was_training = self._student.model.training
         self._student.model.eval()
         with torch.no_grad():
-            cells = {domain: self._sums(examples, adapter) for domain, examples in held_out.items()}
+            cells = {domain: self._added(self._sums(examples, adapter)) for domain, examples in held_out.items()}
         self._student.model.train(was_training)
         domains: dict[str, Sums] = {}
         groups: dict[str, Sums] = {}
         overall = Sums(self._temperatures)
         for domain, by_group in cells.items():
             for group, part in by_group.items():
-                overall.add(part)
                 domains.setdefault(domain, Sums(self._temperatures)).add(part)
+                if not self._trains_on(domain):
+                    continue
+                overall.add(part)
                 if group is not None:
                     groups.setdefault(group, Sums(self._temperatures)).add(part)
         if not overall.num_tokens:
@@ -77,6 +90,9 @@ class Evaluator:
             groups={group: groups[group].figures() for group in sorted(groups) if groups[group].num_tokens},
         )
 
+    def _trains_on(self, domain: str) -> bool:
+        return self._stage is None or (domain in self._stage.shares and has_share(self._stage.shares[domain]))
+
     def _sums(self, examples: Iterable[Example], adapter: FeatureAdapter | None) -> dict[str | None, Sums]:
         """The sums of each group of these rows."""
         by_group: dict[str | None, Sums] = {}
@@ -86,10 +102,21 @@ class Evaluator:
             for group in dict.fromkeys(example.group for example in read):
                 members = [example for example in read if example.group == group]
                 sums = by_group.setdefault(group, Sums(self._temperatures))
-                sums.num_sequences += len(members)
-                for examples_at_once in micro_batches(members, self._config.micro_batch_tokens):
-                    self._add(sums, examples_at_once, adapter, candidates)
+                sums.num_sequences += len(members) if self._ranks.is_first else 0
+                batches = rank_batches(
+                    members, self._config.micro_batch_tokens, self._ranks, in_step=self._student.is_sharded
+                )
+                for examples_at_once, counts in batches:
+                    self._add(sums if counts else Sums(self._temperatures), examples_at_once, adapter, candidates)
         return by_group
+
+    def _added(self, by_group: dict[str | None, Sums]) -> dict[str | None, Sums]:
+        """The sums of all ranks together."""
+        first, *others = self._ranks.gather(by_group)
+        for other in others:
+            for group, sums in other.items():
+                first[group].add(sums)
+        return first
 
     def _candidates(self, examples: list[Example]) -> Candidates | None:
         contrasts = self._stage is not None and self._stage.weights.contrastive > 0
@@ -103,9 +130,11 @@ class Evaluator:
         batch = collate(examples, self._view.projection).to(self._student.precision.device)
         hidden_ND = self._student.hidden(batch)
         self._add_head(sums, hidden_ND, batch)
+        if self._attention is not None:
+            sums.attention = (sums.attention or 0.0) + float(self._attention(batch.heads))
         if adapter is not None and batch.coords is not None:
             with self._student.precision.context():
-                sums.feature = (sums.feature or 0.0) + float(adapter(hidden_ND, batch.coords).sum())
+                sums.feature = (sums.feature or 0.0) + float(feature_sum(adapter, self._student, hidden_ND, batch))
                 if candidates is not None and self._stage is not None:
                     temperature = self._stage.contrastive_temperature
                     value = contrastive_sum(adapter, hidden_ND, batch, candidates, temperature=temperature)
@@ -141,20 +170,50 @@ def held_out_examples(
     return (example_of(sequence, max_length, group_by=group_by) for sequence in itertools.islice(sequences, rows))
 
 
-def evaluate_model(config: TrainConfig, model: str | Path | None = None, *, group_by: str | None = None) -> Evaluation:
-    """Measure a model against all held-out rows of ``config.cache``, at every temperature of the cache.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """A model to be measured, and its tokenizer."""
 
-    ``model`` is a checkpoint of a run (``RUN/stage1/best``), a model or adapter folder, or a hub name; the untrained
-    ``config.student`` when None. ``group_by`` names a metadata key of the rows, by whose values figures are given as
-    well. Raises IdentityError when its tokenizer is not the teacher's, DataError when the cache
-    holds no held-out rows, and what the loading of models and caches raises.
+    student: Student
+    tokenizer: Any
+
+    @staticmethod
+    def load(config: TrainConfig, model: str | Path | None = None, *, reader: CacheReader | None) -> "Subject":
+        """``model``, or the untrained ``config.student`` when None, in evaluation mode.
+
+        ``model`` is a checkpoint of a run (``RUN/stage1/best``), a model or adapter folder, or a hub name. With a
+        ``reader`` its tokenizer must be the teacher's, else IdentityError. Raises what the loading of models raises.
+        """
+        origin = origin_of(config.student if model is None else model)
+        precision = resolve_precision(config.device, config.precision)
+        trust = config.trust_remote_code
+        if reader is None:
+            tokenizer = load_tokenizer(origin.base, trust_remote_code=trust)
+            vocab_size = len(tokenizer)
+        else:
+            tokenizer = matching_tokenizer(origin.base, reader, trust_remote_code=trust)
+            vocab_size = reader.identity.vocab_size
+        student = load_student(config, origin, precision=precision, vocab_size=vocab_size, training=False)
+        return Subject(student=student, tokenizer=tokenizer)
+
+
+def evaluate_model(config: TrainConfig, model: str | Path | None = None, *, group_by: str | None = None) -> Evaluation:
+    """Measure a model against all held-out rows of ``config.cache``; see ``Subject.load`` and ``held_out_figures``."""
+    reader = open_caches(config.caches, allow_incomplete=config.allow_incomplete)
+    subject = Subject.load(config, model, reader=reader)
+    return held_out_figures(subject.student, reader, config, group_by=group_by)
+
+
+def held_out_figures(
+    student: Student, reader: CacheReader, config: TrainConfig, *, group_by: str | None = None
+) -> Evaluation:
+    """Figures of all held-out rows, at every temperature of the cache.
+
+    ``group_by`` names a metadata key of the rows, by whose values figures are given as well. Raises DataError when the
+    cache holds no held-out rows, UsageError when none has the key.
     """
-    reader = CacheReader.open(config.cache, allow_incomplete=config.allow_incomplete)
-    origin = origin_of(config.student if model is None else model)
-    matching_tokenizer(origin.base, reader, trust_remote_code=config.trust_remote_code)
-    precision = resolve_precision(config.device, config.precision)
-    student = load_student(config, origin, precision=precision, vocab_size=reader.identity.vocab_size, training=False)
-    evaluator = Evaluator(student, TeacherView.of(reader, precision), config, temperatures=reader.temperatures)
+    view = TeacherView.of(reader, student.precision)
+    evaluator = Evaluator(student, view, config, temperatures=reader.temperatures)
     evaluation = evaluator(
         {
             domain: held_out_examples(reader, domain, max_length=config.max_length, group_by=group_by)
@@ -163,12 +222,12 @@ def evaluate_model(config: TrainConfig, model: str | Path | None = None, *, grou
     )
     if evaluation is None:
         raise DataError(
-            f"{reader.root} has no held-out sequence with a trained token, so there is nothing to measure on. Make the "
-            "cache with --eval DOMAIN=PATH or an eval_fraction above 0."
+            f"{reader.where} has no held-out sequence with a trained token, so there is nothing to measure on. Make "
+            "the cache with --eval DOMAIN=PATH or an eval_fraction above 0."
         )
     if group_by is not None and set(evaluation.groups) == {NO_GROUP}:
         raise UsageError(
-            f"no held-out row of {reader.root} has the metadata key '{group_by}', so there are no groups to tell "
+            f"no held-out row of {reader.where} has the metadata key '{group_by}', so there are no groups to tell "
             f"apart. `distill inspect {reader.root}` shows a row with its metadata."
         )
     return evaluation

@@ -2,7 +2,16 @@
 
 from dataclasses import dataclass, field
 
-from distill.config import StageConfig, Tail
+from distill.config import StageConfig, TailShape
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationBin:
+    """Tokens at which the student's first choice had a probability of one range: their means."""
+
+    num_tokens: int
+    confidence: float  # the probability that it gave
+    accuracy: float  # the share where that choice came
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,7 +28,9 @@ class Figures:
     ece: float  # expected calibration error of the student against the next token, 15 bins (Guo et al. 2017)
     feature: float | None  # see losses.feature; None without an adapter
     contrastive: float | None = None  # see contrast.py; among the rows read together; None without its weight
+    attention: float | None = None  # see losses.attention; None without its weight
     divergence: float | None = None  # the stage's own at its temperature, without T²; None where that is ``kl``
+    calibration: tuple[CalibrationBin, ...] = ()  # what ``ece`` sums up: bins with tokens, by rising confidence
 
     def objective(self, stage: StageConfig) -> float:
         """The stage's weighted loss, as ``objective.Objective`` has it but for each token."""
@@ -27,7 +38,7 @@ class Figures:
         divergence = self.kl[stage.temperature] if self.divergence is None else self.divergence
         kl = weights.kl * stage.temperature**2 * divergence
         hidden = weights.feature * (self.feature or 0.0) + weights.contrastive * (self.contrastive or 0.0)
-        return kl + weights.ce * self.ce + hidden
+        return kl + weights.ce * self.ce + hidden + weights.attention * (self.attention or 0.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +48,7 @@ class Evaluation:
     ``tail`` says what the teacher's tail was rebuilt from.
     """
 
-    tail: Tail
+    tail: TailShape
     domains: dict[str, Figures]
     overall: Figures
     groups: dict[str, Figures] = field(default_factory=dict)

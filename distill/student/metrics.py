@@ -1,29 +1,28 @@
-"""Steps and evaluations flow in, lines of ``metrics.jsonl`` flow out, and points of wandb where it is asked for."""
+"""Steps, evaluations and answers flow in; ``metrics.jsonl``, ``samples.jsonl`` and points of trackers flow out."""
 
 import json
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from distill.config import TrainConfig
-from distill.errors import UsageError
+from distill.student.samples import Answer
+from distill.student.trackers import trackers_of
 
 
 class Metrics:
-    """Appends to a stage's ``metrics.jsonl``; a context manager.
+    """Appends to a stage's ``metrics.jsonl`` and ``samples.jsonl``; a context manager.
 
     Lines after ``step``, which a killed process wrote and a resumed one writes again, are dropped.
     """
 
     def __init__(self, folder: Path, *, step: int, config: TrainConfig, number: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "metrics.jsonl"
-        kept = _lines_up_to(path, step)
-        aside = path.with_name(".metrics.jsonl.new")
-        aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        aside.replace(path)
-        self._file = path.open("a", encoding="utf-8")
-        self._wandb = _wandb_run(folder, config, number) if config.wandb else None
+        self._trackers = trackers_of(config, folder, number=number, step=step)
+        self._lines = _Lines(folder / "metrics.jsonl", step=step)
+        self._samples = _Lines(folder / "samples.jsonl", step=step) if config.samples else None
 
     def __enter__(self) -> Self:
         return self
@@ -31,16 +30,44 @@ class Metrics:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
-        if self._wandb is not None:
-            self._wandb.finish(exit_code=0 if error is None else 1)
+        self._lines.close()
+        if self._samples is not None:
+            self._samples.close()
+        for tracker in self._trackers:
+            tracker.close(failed=error is not None)
 
     def log(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """One line with ``kind`` and ``step`` in front."""
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self._lines.append({"kind": kind, "step": step, **values})
+        for tracker in self._trackers:
+            tracker.log(_flat(values, f"{kind}/"), step)
+
+    def log_answers(self, step: int, answers: Sequence[Answer]) -> None:
+        """One line for each answer."""
+        if self._samples is None or not answers:
+            return
+        for answer in answers:
+            self._samples.append({"step": step, **asdict(answer)})
+        for tracker in self._trackers:
+            tracker.answers(answers, step)
+
+
+class _Lines:
+    """A file of JSON lines, each with its step, without those after ``step``."""
+
+    def __init__(self, path: Path, *, step: int) -> None:
+        kept = _lines_up_to(path, step)
+        aside = path.with_name(f".{path.name}.new")
+        aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        aside.replace(path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def append(self, values: dict[str, Any]) -> None:
+        self._file.write(json.dumps(values) + "\n")
         self._file.flush()
-        if self._wandb is not None:
-            self._wandb.log(_flat(values, f"{kind}/"), step=step)
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def _lines_up_to(path: Path, step: int) -> list[str]:
@@ -55,20 +82,6 @@ def _lines_up_to(path: Path, step: int) -> list[str]:
         except (ValueError, KeyError, TypeError):
             continue
     return kept
-
-
-def _wandb_run(folder: Path, config: TrainConfig, number: int) -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        raise UsageError("wandb is not installed. Install distill[wandb], or leave --wandb away.") from error
-    return wandb.init(
-        project="distill",
-        name=f"{Path(config.out).name}-stage{number}",
-        group=Path(config.out).name,
-        dir=str(folder),
-        config=config.model_dump(mode="json"),
-    )
 
 
 def _flat(values: dict[str, Any], prefix: str) -> dict[str, float]:

@@ -51,13 +51,13 @@ def has_share(share: ShareConfig) -> bool:
     return bool(share_at(share, np.linspace(0, 1, 1001)).max() > 0)
 
 
-def assign_domains(shares: Mapping[str, ShareConfig], num_sequences: int) -> NDArray[np.uint8]:
+def assign_domains(shares: Mapping[str, ShareConfig], num_sequences: int) -> NDArray[np.uint16]:
     """For each sequence of the stage the number of its domain in ``shares``: [N].
 
     Sequence n goes to the domain with the largest ``Σ_{m <= n} share_d(m / N) - (sequences d has had)``; the first of
     equals. ``share_d`` is normalised.
     """
-    assigned = np.zeros(num_sequences, np.uint8)
+    assigned = np.zeros(num_sequences, np.uint16)
     if len(shares) == 1:
         return assigned
     deficits = [0.0] * len(shares)
@@ -68,12 +68,12 @@ def assign_domains(shares: Mapping[str, ShareConfig], num_sequences: int) -> NDA
     return assigned
 
 
-def follow(shares_ND: NDArray[np.float64], deficits: list[float]) -> tuple[NDArray[np.uint8], list[float]]:
+def follow(shares_ND: NDArray[np.float64], deficits: list[float]) -> tuple[NDArray[np.uint16], list[float]]:
     """The choice for each of N more sequences, as in ``assign_domains``, and how far each of D has fallen behind then.
 
     ``deficits`` says how far each has fallen behind before.
     """
-    chosen_N = np.zeros(len(shares_ND), np.uint8)
+    chosen_N = np.zeros(len(shares_ND), np.uint16)
     for n, row in enumerate(shares_ND.tolist()):
         deficits = [deficit + share for deficit, share in zip(deficits, row, strict=True)]
         chosen = deficits.index(max(deficits))

@@ -3,8 +3,8 @@
 ``B`` sequences, ``S`` padded length, ``N`` trained tokens, ``D`` hidden size, ``V`` real vocabulary.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,9 @@ from distill.errors import CorruptionError, IdentityError, UsageError
 from distill.student.batch import DistillBatch
 from distill.student.losses.fused import Head, chunks_of_logits
 from distill.student.precision import Precision
+from distill.student.quantised import loading_options
+from distill.student.ranks import ALONE, Ranks
+from distill.student.sharding import gathered, is_sharded, shard, wants_sharding, whole
 from distill.student.shrink import find_layers
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -32,46 +35,136 @@ class Origin:
 
 
 class Student:
-    """A causal language model whose forward pass stops before the logits."""
+    """A causal language model whose forward pass stops before the logits.
+
+    Where its weights are spread over ranks, all ranks must call ``hidden``, ``head`` and ``weights`` together.
+    """
 
     def __init__(self, model: Any, *, head: Head, precision: Precision) -> None:
         self.model = model  # a transformers model, or peft's wrapper of one
         self.precision = precision
         self._head = head
         self._decoder = causal_of(model).base_model
+        # FSDP puts gathered weights in place of sharded ones for a while: the latter are kept here.
+        self._named = dict(model.named_parameters())
+        self._inputs: dict[int, Tensor] = {}  # of watched layers, [B, S, D], in the latest ``hidden``
+        self._keeps_inputs = False  # recomputing a layer in the backward pass calls its hooks once more
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each rank holds only a part of the weights."""
+        return is_sharded(self._head.weight)
 
     @property
     def hidden_size(self) -> int:
         """D."""
         return int(self._head.weight.shape[1])
 
+    @property
+    def num_layers(self) -> int:
+        """Layers of the decoder."""
+        return int(causal_of(self.model).config.get_text_config().num_hidden_layers)
+
     def hidden(self, batch: DistillBatch) -> Tensor:
         """Final hidden states of the batch's trained tokens, after the last norm: [N, D]."""
-        with self.precision.context():
-            output = self._decoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-        states_BSD: Tensor = output.last_hidden_state
+        # A mask of padding alone would let packed sequences attend to each other; position ids tell them apart.
+        mask = batch.attention_mask if batch.position_ids is None else None
+        self._inputs, self._keeps_inputs = {}, True
+        states_BSD = self._states(batch.input_ids, mask, batch.position_ids)
+        self._keeps_inputs = False
         return states_BSD.flatten(0, 1).index_select(0, batch.trained)
 
-    def head(self) -> Head:
-        """The LM head; its weight is the live parameter."""
-        return self._head
+    def watch(self, layers: Iterable[int]) -> None:
+        """Let ``hidden`` keep what goes into these layers. Raises UsageError for a model whose layers are not found."""
+        found = find_layers(self._decoder, self.num_layers)
+        if found is None:
+            raise UsageError(
+                f"no list of {self.num_layers} layers was found in {type(self._decoder).__name__}, so its inner states "
+                "cannot be compared with the teacher's. Set feature.layers to none, or use another student."
+            )
+        for layer in layers:
+            # Before FSDP's own hooks: the loss then hangs on the layer before, as any user of its output does.
+            hook = self._keeper(layer)
+            getattr(*found)[layer].register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
 
-    def save(self, folder: Path) -> None:
+    def _keeper(self, layer: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def keep(_module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+            if self._keeps_inputs:
+                self._inputs[layer] = arguments[0] if arguments else options["hidden_states"]
+
+        return keep
+
+    def take_inputs(self, batch: DistillBatch) -> dict[int, Tensor]:
+        """What went into each watched layer at the trained tokens of ``batch`` in the latest ``hidden``: [N, D]."""
+        inputs, self._inputs = self._inputs, {}
+        return {layer: kept.flatten(0, 1).index_select(0, batch.trained) for layer, kept in inputs.items()}
+
+    def _states(
+        self, input_ids_BS: Tensor, attention_mask_BS: Tensor | None = None, position_ids_BS: Tensor | None = None
+    ) -> Tensor:
+        with self.precision.context():
+            output = self._decoder(
+                input_ids=input_ids_BS, attention_mask=attention_mask_BS, position_ids=position_ids_BS, use_cache=False
+            )
+        states_BSD: Tensor = output.last_hidden_state
+        return states_BSD
+
+    @torch.no_grad()
+    def check_packing(self) -> None:
+        """Raise UsageError unless two sequences in a row keep the states that each has alone."""
+        was_training = self.model.training
+        self.model.eval()
+        ids_BS = torch.arange(16, device=self.precision.device).remainder(self._head.vocab_size).view(2, 8)
+        alone_BSD = self._states(ids_BS)
+        together_BSD = self._states(ids_BS.view(1, 16), None, torch.arange(8).repeat(2)[None].to(ids_BS.device))
+        self.model.train(was_training)
+        error = (together_BSD.view_as(alone_BSD) - alone_BSD).float().norm() / alone_BSD.float().norm()
+        if not error <= 0.02:
+            raise UsageError(
+                f"{type(causal_of(self.model)).__name__} lets packed sequences attend to each other: their states "
+                f"differ by {error:.0%} from those of each alone. Set packing to false."
+            )
+
+    def head(self) -> Head:
+        """The LM head; its weight is the live parameter, or gathered from all ranks and still part of the graph."""
+        if not self.is_sharded:
+            return self._head
+        bias = None if self._head.bias is None else gathered(self._head.bias)
+        return replace(self._head, weight=gathered(self._head.weight), bias=bias)
+
+    def weights(self, *, keep: bool = True) -> dict[str, Tensor] | None:
+        """The whole weights that ``save`` writes, on the CPU; None where the model has them itself.
+
+        A rank that does not ``keep`` them gets nothing.
+        """
+        if not self.is_sharded:
+            return None
+        adapted = hasattr(self.model, "peft_config")
+        found = {}
+        for name, value in self._named.items():
+            if value.requires_grad or not adapted:
+                complete = whole(value)
+                if keep:
+                    found[name] = complete
+        return found
+
+    def save(self, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
         """Write the model, or the adapter alone where there is one, as safetensors and JSON."""
         adapter = {"save_embedding_layers": False} if hasattr(self.model, "peft_config") else {}
-        self.model.save_pretrained(folder, **adapter)
+        given = {} if weights is None else {"state_dict": weights}
+        self.model.save_pretrained(folder, **adapter, **given)
 
-    def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
+    def trainable(self) -> list[tuple[str, nn.Parameter]]:
         """Names and parameters that the optimizer trains."""
-        return ((name, value) for name, value in self.model.named_parameters() if value.requires_grad)
+        return [(name, value) for name, value in self._named.items() if value.requires_grad]
 
     def shared(self) -> list[nn.Parameter]:
         """Trained parameters whose gradients tell losses apart: adapters, or else the last layer, or else all."""
-        total = causal_of(self.model).config.get_text_config().num_hidden_layers
-        found = None if hasattr(self.model, "peft_config") else find_layers(self._decoder, total)
-        last_layer = None if found is None else getattr(*found)[-1]
-        trained = self.trainable() if last_layer is None else last_layer.named_parameters()
-        return [value for _, value in trained if value.requires_grad]
+        found = None if hasattr(self.model, "peft_config") else find_layers(self._decoder, self.num_layers)
+        if found is None:
+            return [value for _, value in self.trainable()]
+        names = {name for name, module in self.model.named_modules() if module is getattr(*found)[-1]}
+        return [value for name, value in self.trainable() if any(name.startswith(f"{last}.") for last in names)]
 
 
 def causal_of(model: Any) -> Any:
@@ -80,17 +173,28 @@ def causal_of(model: Any) -> Any:
 
 
 def load_student(
-    config: TrainConfig, origin: Origin, *, precision: Precision, vocab_size: int, training: bool
+    config: TrainConfig,
+    origin: Origin,
+    *,
+    precision: Precision,
+    vocab_size: int,
+    training: bool,
+    ranks: Ranks = ALONE,
 ) -> Student:
     """The student at ``origin`` on its device, ready to train what ``config.tune`` says, or to be evaluated.
 
-    Raises UsageError for a model that is missing, has no safetensors, or changes its logits in an unknown way;
-    IdentityError when its head has fewer rows than the cache has ids.
+    In training its weights are spread over ``ranks`` where ``config.parallel`` says so. Raises UsageError for a model
+    that is missing, has no safetensors, or changes its logits in an unknown way; IdentityError when its head has fewer
+    rows than the cache has ids.
     """
     _check_config(origin.base, vocab_size, config, training=training)
     full = training and config.tune == "full"
     dtype = torch.float32 if full else precision.compute_dtype
-    model = load_causal(origin.base, dtype=dtype, trust_remote_code=config.trust_remote_code).to(precision.device)
+    options = loading_options(config, precision.device, precision.compute_dtype) if training else {}
+    model = load_causal(origin.base, dtype=dtype, trust_remote_code=config.trust_remote_code, **options)
+    sharded = training and wants_sharding(config, model, precision, ranks)
+    if not sharded and not options:  # a sharded one reaches its device in parts, a quantised one is there
+        model.to(precision.device)
     head = _head_of(model, vocab_size, precision)
     _check_head(model, head)
     if origin.adapter is not None:
@@ -103,18 +207,34 @@ def load_student(
     if training and config.gradient_checkpointing:
         causal_of(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train(training)
-    return Student(model, head=head, precision=precision)
+    if sharded:
+        causal = causal_of(model)
+        shard(causal, causal.base_model, precision, ranks)
+        projection = causal.get_output_embeddings()
+        head = replace(head, weight=projection.weight, bias=projection.bias)
+    student = Student(model, head=head, precision=precision)
+    if training and config.packing:
+        student.check_packing()
+    return student
 
 
-def load_causal(base: str, *, dtype: torch.dtype | str, trust_remote_code: bool) -> Any:
-    """A causal language model from safetensors; nothing is unpickled. Raises UsageError when it cannot be loaded."""
+def load_causal(base: str, *, dtype: torch.dtype | str, trust_remote_code: bool, **options: Any) -> Any:
+    """A causal language model from safetensors; nothing is unpickled. ``options`` go to transformers.
+
+    Raises UsageError when it cannot be loaded.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            base, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code, output_loading_info=True
+            base,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **options,
         )
     except _LOADING_ERRORS as error:
         raise _cannot_load(base, error) from error
@@ -205,7 +325,7 @@ def with_adapter(model: Any, folder: Path, *, trainable: bool) -> Any:
         raise UsageError(f"{folder} has no {ADAPTER_FILE}; adapters of another format are never loaded. Check --from.")
     try:
         adapted = PeftModel.from_pretrained(model, folder, is_trainable=trainable, use_safetensors=True)
-    except (ValueError, RuntimeError, KeyError) as error:
+    except (ValueError, RuntimeError, KeyError, SafetensorError) as error:
         reason = str(error).partition("\n")[0]
         raise CorruptionError(
             f"the adapter in {folder} does not fit its base model: {reason}. Restore it from a copy, or start from "

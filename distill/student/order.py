@@ -57,12 +57,12 @@ class DomainOrder:
         self._seed, self._shard_window = seed, shard_window
         self.group = group
         self.num_rows = sum(unit.num_rows for unit in self._units)
+        self._known: tuple[int, list[UnitRows], list[int]] | None = None
 
     def window(self, position: int) -> Window:
         """The window that holds ``position``, counted from 0 over all epochs."""
         epoch, offset = divmod(position, self.num_rows)
-        permuted = [self._units[i] for i in permutation(len(self._units), self._seed, self._walk, epoch, "units")]
-        stops = list(itertools.accumulate(unit.num_rows for unit in permuted))
+        permuted, stops = self._epoch(epoch)
         number = bisect.bisect_right(stops, offset) // self._shard_window
         first, last = number * self._shard_window, min((number + 1) * self._shard_window, len(permuted)) - 1
         start, stop = (stops[first - 1] if first else 0), stops[last]
@@ -72,6 +72,13 @@ class DomainOrder:
             units=tuple(permuted[first : last + 1]),
             order=permutation(stop - start, self._seed, self._walk, epoch, number),
         )
+
+    def _epoch(self, epoch: int) -> tuple[list[UnitRows], list[int]]:
+        """The epoch's units in order, and where the rows of each stop. Kept: an epoch has a quarter as many windows."""
+        if self._known is None or self._known[0] != epoch:
+            permuted = [self._units[i] for i in permutation(len(self._units), self._seed, self._walk, epoch, "units")]
+            self._known = epoch, permuted, list(itertools.accumulate(unit.num_rows for unit in permuted))
+        return self._known[1:]
 
 
 def permutation(num: int, *key: int | str) -> NDArray[np.int64]:

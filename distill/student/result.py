@@ -1,6 +1,7 @@
 """A stage's folder flows in, what it came to flows out; and its resolved configuration goes into ``config.yaml``."""
 
 import importlib.metadata
+import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from distill.student.checkpoint import read_state
 from distill.student.figures import Evaluation
 from distill.student.stage import StagePlan
 
-_PACKAGES = ("torch", "transformers", "peft", "safetensors", "numpy", "pyarrow")
+_PACKAGES = ("torch", "transformers", "tokenizers", "peft", "safetensors", "numpy", "pyarrow")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +59,10 @@ def write_config(folder: Path, config: TrainConfig, *, plan: StagePlan, reader: 
     """``config.yaml``: everything that the stage was made of, for people."""
     content = {
         "distill": __version__,
-        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in _PACKAGES},
+        },
         "train": config.model_dump(mode="json"),
         "stage": {"number": plan.number, "start": start, "steps": plan.num_steps, **plan.stage.model_dump(mode="json")},
         "cache_identity": reader.identity.model_dump(mode="json"),

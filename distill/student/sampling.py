@@ -23,7 +23,7 @@ from distill.student.mixture import follow, scheduled_shares
 from distill.student.order import UnitRows
 
 _SMOOTHING = 0.5  # part of the former weight in the new one
-_MOST_CELLS = 255  # numbers of cells are kept as bytes
+_MOST_CELLS = 255  # each keeps a window of shards in memory
 _BLOCK = 2**16  # sequences whose shares are computed at a time
 
 
@@ -85,7 +85,7 @@ class Sampler:
         cells: Sequence[Cell],
         stage: StageConfig,
         *,
-        assigned: NDArray[np.uint8],
+        assigned: NDArray[np.uint16],
     ) -> None:
         self._shares, self._cells, self._stage, self._assigned = shares, cells, stage, assigned
         self._deficits = [0.0] * len(cells)

@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 from pydantic import JsonValue
 
 from distill.cache.reader import CacheReader
-from distill.config import ShareConfig, StageConfig, TrainConfig
+from distill.config import ShareConfig, StageConfig, TrainConfig, WeightsConfig
 from distill.errors import DataError, IdentityError, UsageError
 from distill.student.checkpoint import State
 from distill.student.mixture import assign_domains, has_share, scheduled_shares
 from distill.student.order import DomainOrder
 from distill.student.sampling import Cell, Sampler, cells_of
+from distill.student.schedule import weights_at
 
 _BLOCK = 2**16  # sequences whose shares are computed at a time
 
@@ -35,7 +36,12 @@ _FREE = frozenset(
         "head_chunk",
         "micro_batch_tokens",
         "out",
+        "packing",
+        "parallel",
+        "sample_tokens",
+        "samples",
         "stages",
+        "tensorboard",
         "trust_remote_code",
         "wandb",
     }
@@ -56,9 +62,14 @@ class StagePlan:
     cells: tuple[Cell, ...]
     orders: tuple[DomainOrder, ...]  # of the cells
     num_steps: int
-    assigned: NDArray[np.uint8]
+    assigned: NDArray[np.uint16]
     scheduled: NDArray[np.float64]  # [steps + 1, D], scheduled sequences of each domain up to a step
     sampler: Sampler | None
+
+    def scheduled_at(self, step: int) -> dict[str, float]:
+        """Each domain's scheduled share of the sequences of a step, counted from 0."""
+        counts = self.scheduled[step + 1] - self.scheduled[step]
+        return {domain: float(counts[i] / self.stage.batch_size) for i, domain in enumerate(self.domains)}
 
     def shares(self, step: int) -> dict[str, dict[str, float]]:
         """Each domain's realised and scheduled share of the sequences up to a step."""
@@ -80,10 +91,11 @@ def plan_stage(config: TrainConfig, number: int, reader: CacheReader) -> StagePl
     for targets that the cache does not hold, DataError for missing domains and rows.
     """
     stage = _stage_of(config, number)
-    _refuse_unavailable(number, stage)
-    held = reader.temperatures[reader.temperature_index(stage.temperature)]
-    stage = stage.model_copy(update={"temperature": held})  # 2.0000000001 is 2
+    stage = _at_held_temperatures(stage, reader)
+    _refuse_weightless(number, stage)
     _check_hidden(number, stage, reader)
+    _check_sampled(number, stage, reader)
+    _check_heads(number, stage, reader)
     shares = {domain: share for domain, share in stage.shares.items() if has_share(share)}
     _check_domains(number, tuple(shares), reader)
     cells = cells_of(reader, shares, stage)
@@ -101,7 +113,7 @@ def plan_stage(config: TrainConfig, number: int, reader: CacheReader) -> StagePl
     num_steps = stage.max_steps or max(1, math.ceil(stage.epochs * num_rows / stage.batch_size))
     num_sequences = num_steps * stage.batch_size
     driven = stage.sampling == "evaluation"
-    assigned = np.zeros(num_sequences, np.uint8) if driven else assign_domains(shares, num_sequences)
+    assigned = np.zeros(num_sequences, np.uint16) if driven else assign_domains(shares, num_sequences)
     return StagePlan(
         number=number,
         stage=stage,
@@ -168,19 +180,32 @@ def _stage_of(config: TrainConfig, number: int) -> StageConfig:
         raise UsageError(f"{error}. Use --stage 1, 2, 3 or 1-3.") from error
 
 
-def _refuse_unavailable(number: int, stage: StageConfig) -> None:
-    weights = stage.weights
-    unavailable = {
-        f"stages.{number}.weights.attention": weights.attention > 0,
-    }
-    asked = [key for key, wanted in unavailable.items() if wanted]
-    if asked:
-        raise UsageError(
-            f"{' and '.join(asked)}: not available in this version of distill. Leave "
-            f"{'it' if len(asked) == 1 else 'them'} at the default."
-        )
-    if not any(weights.model_dump().values()):
-        raise UsageError(f"stages.{number}.weights are all 0, so there is nothing to learn. Give a loss a weight.")
+def _at_held_temperatures(stage: StageConfig, reader: CacheReader) -> StageConfig:
+    """The stage at the cache's own temperatures: 2.0000000001 is 2. Raises IdentityError where it lacks one."""
+
+    def held(temperature: float) -> float:
+        return reader.temperatures[reader.temperature_index(temperature)]
+
+    steps = stage.temperature_steps
+    if steps is not None:
+        steps = steps.model_copy(update={"values": tuple(held(temperature) for temperature in steps.values)})
+    return stage.model_copy(update={"temperature": held(stage.temperature), "temperature_steps": steps})
+
+
+def _refuse_weightless(number: int, stage: StageConfig) -> None:
+    """Raise UsageError where no loss has a weight, if only for a time, or a schedule is of no loss."""
+    known = list(WeightsConfig.model_fields)
+    unknown = sorted(set(stage.weight_schedules) - set(known))
+    if unknown:
+        raise UsageError(f"stages.{number}.weight_schedules: there is no loss {unknown[0]}. Use {', '.join(known)}.")
+    for progress in np.linspace(0, 1, 1001)[:-1]:
+        if not any(weights_at(stage, float(progress)).model_dump().values()):
+            raise UsageError(
+                f"stages.{number}.weights are all 0 at {progress:.0%} of the stage, so there is nothing to learn. Give "
+                "a loss a weight."
+            )
+        if not stage.weight_schedules:
+            return
 
 
 def _check_hidden(number: int, stage: StageConfig, reader: CacheReader) -> None:
@@ -189,13 +214,43 @@ def _check_hidden(number: int, stage: StageConfig, reader: CacheReader) -> None:
     for name, weight in (("feature", stage.weights.feature), ("contrastive", stage.weights.contrastive)):
         if weight > 0:
             raise IdentityError(
-                f"stages.{number}.weights.{name} is {weight:g}, but {reader.root} was made with hidden_bytes 0 and "
-                "holds no hidden states to compare with. Set the weight to 0, or make a cache with --hidden-bytes 128."
+                f"stages.{number}.weights.{name} is {weight:g}, but {reader.where} {reader.why_no_hidden}: there are "
+                "no hidden states to compare with. Set the weight to 0, or make a cache with --hidden-bytes 128."
             )
     if stage.weights.kl > 0 and stage.tail == "low_rank":
         raise IdentityError(
-            f"stages.{number}.tail is low_rank, but {reader.root} was made with hidden_bytes 0 and cannot tell the "
+            f"stages.{number}.tail is low_rank, but {reader.where} {reader.why_no_hidden}: nothing tells the "
             f"tail's shape. Set stages.{number}.tail to bucket, or make a cache with --hidden-bytes 128."
+        )
+
+
+def _check_sampled(number: int, stage: StageConfig, reader: CacheReader) -> None:
+    if stage.tail != "sampled":
+        return
+    if not reader.identity.num_samples:
+        raise IdentityError(
+            f"stages.{number}.tail is sampled, but {reader.where} holds no ids drawn from the teacher. Set "
+            f"stages.{number}.tail to low_rank or bucket, or make a cache with targets.num_samples 50."
+        )
+    temperatures = (stage.temperature,) if stage.temperature_steps is None else stage.temperature_steps.values
+    if any(temperature != 1.0 for temperature in temperatures):
+        raise IdentityError(
+            f"stages.{number}.tail is sampled and its temperature {max(temperatures):g}, but ids are drawn from the "
+            f"teacher at temperature 1 and say nothing about others. Set stages.{number}.temperature to 1, or "
+            f"stages.{number}.tail to low_rank."
+        )
+    if stage.divergence != "forward":
+        raise UsageError(
+            f"stages.{number}.tail is sampled, from which only the forward divergence can be estimated, not "
+            f"{stage.divergence}. Set stages.{number}.divergence to forward, or stages.{number}.tail to low_rank."
+        )
+
+
+def _check_heads(number: int, stage: StageConfig, reader: CacheReader) -> None:
+    if stage.weights.attention > 0 and not (reader.identity.heads and reader.hidden_bytes):
+        raise IdentityError(
+            f"stages.{number}.weights.attention is {stage.weights.attention:g}, but {reader.where} holds no queries "
+            "and keys to rebuild attention maps from. Set the weight to 0, or make a cache with targets.heads."
         )
 
 
@@ -203,15 +258,15 @@ def _check_domains(number: int, domains: Sequence[str], reader: CacheReader) -> 
     missing = [domain for domain in domains if domain not in reader.domains]
     if missing or not domains:
         raise DataError(
-            f"stage {number} trains on {' and '.join(domains) or 'no domain'}, but {reader.root} has no "
+            f"stage {number} trains on {' and '.join(domains) or 'no domain'}, but {reader.where} has no "
             f"{' and no '.join(missing) or 'share to follow'}; it has {', '.join(reader.domains)}. Set 'general' and "
             f"'domain', or stages.{number}.shares, to domains of the cache, or add data to it."
         )
     for domain in domains:
         if not reader.num_rows(domain, "train"):
             raise DataError(
-                f"{reader.root} has no train rows of the domain {domain}, which stage {number} trains on. Add data for "
-                f"it, or leave it out of stages.{number}.shares."
+                f"{reader.where} has no train rows of the domain {domain}, which stage {number} trains on. Add data "
+                f"for it, or leave it out of stages.{number}.shares."
             )
 
 

@@ -24,7 +24,7 @@ class TrainStream:
     """
 
     def __init__(
-        self, reader: CacheReader, orders: Sequence[DomainOrder], assigned: NDArray[np.uint8], *, max_length: int
+        self, reader: CacheReader, orders: Sequence[DomainOrder], assigned: NDArray[np.uint16], *, max_length: int
     ) -> None:
         self._reader = reader
         self._orders = orders

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from distill.student.figures import Figures
+from distill.student.figures import CalibrationBin, Figures
 
 _TOP = 5
 _BINS = 15
@@ -27,10 +27,12 @@ class Sums:
     overlap: float = 0.0
     feature: float | None = None
     contrastive: float | None = None
+    attention: float | None = None
     divergence: float | None = None
     kl: dict[float, float] = field(default_factory=dict)
     confidence: Tensor = field(default_factory=lambda: torch.zeros(_BINS, dtype=torch.float64))
     hits: Tensor = field(default_factory=lambda: torch.zeros(_BINS, dtype=torch.float64))
+    binned: Tensor = field(default_factory=lambda: torch.zeros(_BINS, dtype=torch.int64))  # tokens
 
     def __post_init__(self) -> None:
         self.kl = dict.fromkeys(self.temperatures, 0.0)
@@ -44,8 +46,10 @@ class Sums:
         self.overlap += other.overlap
         self.confidence += other.confidence
         self.hits += other.hits
+        self.binned += other.binned
         self.feature = _plus(self.feature, other.feature)
         self.contrastive = _plus(self.contrastive, other.contrastive)
+        self.attention = _plus(self.attention, other.attention)
         self.divergence = _plus(self.divergence, other.divergence)
         for temperature, value in other.kl.items():
             self.kl[temperature] += value
@@ -62,6 +66,7 @@ class Sums:
         bins_N = (confidence_N * _BINS).long().clamp(0, _BINS - 1)
         self.confidence.index_add_(0, bins_N, confidence_N)
         self.hits.index_add_(0, bins_N, (chosen_N == labels_N).double().cpu())
+        self.binned += bins_N.bincount(minlength=_BINS)
 
     def figures(self) -> Figures:
         """Means over the tokens, of which there must be one at least."""
@@ -77,7 +82,17 @@ class Sums:
             ece=float((self.confidence - self.hits).abs().sum()) / num,
             feature=None if self.feature is None else self.feature / num,
             contrastive=None if self.contrastive is None else self.contrastive / num,
+            attention=None if self.attention is None else self.attention / num,
             divergence=None if self.divergence is None else self.divergence / num,
+            calibration=self._calibration(),
+        )
+
+    def _calibration(self) -> tuple[CalibrationBin, ...]:
+        bins = zip(self.binned.tolist(), self.confidence.tolist(), self.hits.tolist(), strict=True)
+        return tuple(
+            CalibrationBin(num_tokens=num, confidence=confidence / num, accuracy=hits / num)
+            for num, confidence, hits in bins
+            if num
         )
 
 

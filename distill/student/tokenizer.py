@@ -16,7 +16,7 @@ def matching_tokenizer(folder: str, reader: CacheReader, *, trust_remote_code: b
 
     No weights are read. Raises IdentityError when the maps differ, UsageError when there is no tokenizer.
     """
-    tokenizer = _load(folder, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     token_map: dict[str, int] = tokenizer.get_vocab()
     if token_map_hash(token_map) == reader.identity.token_map:
         return tokenizer
@@ -28,7 +28,8 @@ def matching_tokenizer(folder: str, reader: CacheReader, *, trust_remote_code: b
     )
 
 
-def _load(folder: str, *, trust_remote_code: bool) -> Any:
+def load_tokenizer(folder: str, *, trust_remote_code: bool) -> Any:
+    """The tokenizer at ``folder`` (or hub name). Raises UsageError when there is none."""
     from transformers import AutoTokenizer
 
     try:

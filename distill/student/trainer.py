@@ -2,22 +2,26 @@
 
     cache -> TrainStream -> Learner -> metrics.jsonl, checkpoints/step-N/, last/, best/
 
-Running the same stage again goes on from the newest valid checkpoint; a finished one is recognised.
+Running the same stage again goes on from the newest valid checkpoint; a finished one is recognised. Under torchrun
+every rank runs all of this; the first one alone writes and speaks.
 """
 
+import contextlib
 import math
-import os
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import JsonValue
 
+from distill.cache.join import open_caches
 from distill.cache.reader import CacheReader
 from distill.config import TrainConfig
-from distill.errors import CorruptionError, DataError, RetryError, UsageError
+from distill.errors import CorruptionError, DataError, RetryError
 from distill.interrupt import Interrupt
 from distill.progress import Ticker
 from distill.student import checkpoint
@@ -25,15 +29,20 @@ from distill.student.batch import Example
 from distill.student.checkpoint import OPTIMIZER, Best, Reweighting, State
 from distill.student.evaluate import Evaluator, held_out_examples
 from distill.student.figures import Evaluation
-from distill.student.learner import Learner, StepFigures, derived_seed
+from distill.student.layers import chosen_layers
+from distill.student.learner import Learner, Snapshot, StepFigures, derived_seed
 from distill.student.metrics import Metrics
 from distill.student.model import Origin, load_student
 from distill.student.objective import TeacherView
 from distill.student.origin import origin_of, origin_of_checkpoint, recorded_base
 from distill.student.precision import resolve_precision
+from distill.student.quantised import refuse_unusable
+from distill.student.ranks import Ranks
 from distill.student.result import StageResult, write_config
+from distill.student.samples import Interview, answers_table
 from distill.student.sampling import Sampler
 from distill.student.shrink import shrunken_student
+from distill.student.spotlight import Spotlight, write_views
 from distill.student.stage import StagePlan, plan_stage, refuse_other_settings, settings_of, stage_folder
 from distill.student.stream import TrainStream
 from distill.student.tokenizer import matching_tokenizer
@@ -47,27 +56,30 @@ def train_stage(config: TrainConfig, number: int, *, start: Path | None = None, 
     UsageError for options, IdentityError for a tokenizer, temperature or target that the cache does not have,
     DataError for missing rows or stages, CorruptionError for damaged files. Raises RetryError after a signal to stop.
     """
-    _refuse_many_processes()
-    reader = CacheReader.open(config.cache, allow_incomplete=config.allow_incomplete)
+    ranks = Ranks.joined(config.device)
+    with ranks.together():
+        return _train_stage(config, number, start=start, quiet=quiet or not ranks.is_first, ranks=ranks)
+
+
+def _train_stage(config: TrainConfig, number: int, *, start: Path | None, quiet: bool, ranks: Ranks) -> StageResult:
+    refuse_unusable(config)
+    reader = open_caches(config.caches, allow_incomplete=config.allow_incomplete)
     plan = plan_stage(config, number, reader)
     folder = stage_folder(config, number)
     settings = settings_of(config, plan, reader, start=_start_name(number, start))
-    checkpoint.settle(folder)
-    found = checkpoint.newest_checkpoint(folder)
+    found = ranks.first(lambda: _stands(folder, settings))
     notes: list[str] = []
     if found is not None:
         resumed, state, notes = found
-        refuse_other_settings(folder, state, settings)
-        _publish(folder, resumed, state)
         if state.finished:
             return StageResult.read(folder, already_finished=True, notes=notes)
         origin = origin_of_checkpoint(resumed, state)
     else:
         resumed, state = None, State(stage=number, step=0, position=0, finished=False, settings=settings)
-        origin = _first_origin(config, number, start, reader)
+        origin = ranks.first(lambda: _first_origin(config, number, start, reader))
     tokenizer = matching_tokenizer(origin.base, reader, trust_remote_code=config.trust_remote_code)
-    write_config(folder, config, plan=plan, reader=reader, start=_start_name(number, start))
-    run = _Run(config, plan, reader, folder=folder, state=state, quiet=quiet)
+    ranks.first(lambda: write_config(folder, config, plan=plan, reader=reader, start=_start_name(number, start)))
+    run = _Run(config, plan, reader, state=state, quiet=quiet, ranks=ranks)
     run.load(origin, tokenizer, resumed=resumed, start=start)
     for note in [*notes, *run.notes]:
         _say(note, quiet=quiet)
@@ -75,34 +87,61 @@ def train_stage(config: TrainConfig, number: int, *, start: Path | None = None, 
     return StageResult.read(folder, already_finished=False, notes=[*notes, *run.notes])
 
 
+def _stands(folder: Path, settings: dict[str, JsonValue]) -> tuple[Path, State, list[str]] | None:
+    """The checkpoint to go on from, once what a killed process left is settled."""
+    checkpoint.settle(folder)
+    found = checkpoint.newest_checkpoint(folder)
+    if found is not None:
+        resumed, state, _ = found
+        refuse_other_settings(folder, state, settings)
+        _publish(folder, resumed, state)
+    return found
+
+
 class _Run:
     """A stage under way: ``state`` is where it stands."""
 
     def __init__(
-        self, config: TrainConfig, plan: StagePlan, reader: CacheReader, *, folder: Path, state: State, quiet: bool
+        self, config: TrainConfig, plan: StagePlan, reader: CacheReader, *, state: State, quiet: bool, ranks: Ranks
     ) -> None:
-        self._config, self._plan, self._reader, self._folder, self._quiet = config, plan, reader, folder, quiet
+        self._config, self._plan, self._reader, self._quiet, self._ranks = config, plan, reader, quiet, ranks
+        self._folder = stage_folder(config, plan.number)
         self._state = state
+        self._metrics: Metrics | None = None  # of the first rank, while it trains
         self.notes: list[str] = []
 
     def load(self, origin: Origin, tokenizer: Any, *, resumed: Path | None, start: Path | None) -> None:
         """Load the student and all that trains it; from ``resumed`` where there is such a checkpoint."""
         config, plan = self._config, self._plan
-        precision = resolve_precision(config.device, config.precision)
+        precision = resolve_precision(self._ranks.device(config.device), config.precision)
         torch.manual_seed(derived_seed(config.seed, plan.number, "lora"))
         student = load_student(
-            config, origin, precision=precision, vocab_size=self._reader.identity.vocab_size, training=True
+            config,
+            origin,
+            precision=precision,
+            vocab_size=self._reader.identity.vocab_size,
+            training=True,
+            ranks=self._ranks,
         )
         view = TeacherView.of(self._reader, precision)
         self._tokenizer = tokenizer
         self._base = recorded_base(origin.base, Path(config.out)) if config.tune == "lora" else None
-        self._learner = Learner(student, view, config, plan)
+        self._learner = Learner(student, view, config, plan, self._ranks)
         if resumed is not None:
             self._learner.restore(resumed, self._state)
         else:
             self._learner.restore_adapter(start or stage_folder(config, plan.number - 1) / "best")
         served = [T for T in (plan.stage.temperature, 1.0) if T in self._reader.temperatures]
-        self._evaluator = Evaluator(student, view, config, temperatures=tuple(dict.fromkeys(served)), stage=plan.stage)
+        self._evaluator = Evaluator(
+            student,
+            view,
+            config,
+            temperatures=tuple(dict.fromkeys(served)),
+            stage=plan.stage,
+            ranks=self._ranks,
+        )
+        self._interview = Interview.of(config, student, tokenizer, reader=self._reader, domains=plan.domains)
+        self._spotlight = Spotlight(config, student, tokenizer, reader=self._reader, domains=plan.domains)
         self._held_out = self._read_held_out()
         if plan.sampler is not None:
             for reweighting in self._state.sampling:
@@ -110,13 +149,13 @@ class _Run:
 
     def train(self) -> None:
         """Take the steps that are left."""
-        plan, state, number = self._plan, self._state, self._plan.number
+        plan, state = self._plan, self._state
         stream = TrainStream(self._reader, plan.orders, plan.assigned, max_length=self._config.max_length)
-        metrics = Metrics(self._folder, step=state.step, config=self._config, number=number)
-        ticker = Ticker(f"stage {number}", total=plan.num_steps, quiet=self._quiet)
-        with stream, metrics, ticker, Interrupt() as interrupt:
+        ticker = Ticker(f"stage {plan.number}", total=plan.num_steps, start=state.step, quiet=self._quiet)
+        with stream, self._logging(), ticker, Interrupt() as interrupt:
             if state.step == 0:
-                self._evaluate(metrics)
+                self._evaluate()
+                self._ask(ticker)
             before = time.monotonic()
             for step, examples in enumerate(stream.steps(state.position, plan.stage.batch_size), state.step + 1):
                 figures = self._learner.step(examples, step - 1)
@@ -124,61 +163,95 @@ class _Run:
                     update={"step": step, "position": step * plan.stage.batch_size, "finished": step == plan.num_steps}
                 )
                 rate = figures.num_tokens / (time.monotonic() - before)
-                metrics.log("train", step, self._train_line(figures, rate))
+                self._log("train", self._train_line(figures, rate))
                 ticker.update(step, loss=figures.losses.get("total", 0.0), tokens_per_s=rate, **self._held_out_facts())
                 due = step % plan.stage.eval_every == 0 or self._state.finished
                 if due:
-                    self._evaluate(metrics)
-                if due or interrupt.name:
+                    self._evaluate()
+                    self._ask(ticker)
+                stop = self._ranks.any(interrupt.name is not None)
+                if due or stop:
                     self._save()
-                if interrupt.name and not self._state.finished:
+                if stop and not self._state.finished:
                     raise RetryError(
-                        f"stopped by {interrupt.name} at step {step} of {plan.num_steps}; everything is saved. Run the "
-                        "same command again to go on."
+                        f"stopped by {interrupt.name or 'a signal to another process'} at step {step} of "
+                        f"{plan.num_steps}; everything is saved. Run the same command again to go on."
                     )
                 before = time.monotonic()
 
+    @contextlib.contextmanager
+    def _logging(self) -> Iterator[None]:
+        """Keep metrics meanwhile, on the first rank."""
+        if not self._ranks.is_first:
+            yield
+            return
+        step, number = self._state.step, self._plan.number
+        with Metrics(self._folder, step=step, config=self._config, number=number) as self._metrics:
+            yield
+
+    def _log(self, kind: str, values: dict[str, Any]) -> None:
+        if self._metrics is not None:
+            self._metrics.log(kind, self._state.step, {"time": time.time(), **values})
+
     def _train_line(self, figures: StepFigures, rate: float) -> dict[str, Any]:
+        stage = self._plan.stage
         return {
-            "time": time.time(),
             "losses": figures.losses,
             "lr": figures.learning_rate,
             "grad_norm": figures.grad_norm if math.isfinite(figures.grad_norm) else None,
             "tokens": figures.num_tokens,
             "tokens_per_second": rate,
             "shares": self._plan.shares(self._state.step),
-            **({"weights": figures.weights} if self._plan.stage.balance else {}),
+            **({"weights": figures.weights} if stage.balance or stage.weight_schedules else {}),
+            **({"domain_weights": figures.domain_weights} if figures.domain_weights else {}),
+            **({"temperature": figures.temperature} if stage.temperature_steps else {}),
+            **({"gradient_norms": figures.norms} if figures.norms else {}),
         }
 
-    def _evaluate(self, metrics: Metrics) -> None:
+    def _evaluate(self) -> None:
         evaluation = self._evaluator(self._held_out, self._learner.adapter)
         step, best = self._state.step, self._state.best
         if evaluation is not None:
             objective = evaluation.objective(self._plan.stage)
-            metrics.log("eval", step, {"time": time.time(), "objective": objective, **asdict(evaluation)})
+            self._log("eval", {"objective": objective, **asdict(evaluation)})
         if self._plan.sampler is not None and not self._state.finished:
-            self._reweigh(self._plan.sampler, evaluation, metrics)
+            self._reweigh(self._plan.sampler, evaluation)
         if evaluation is None:
             return
         if step > 0 and (best is None or objective < best.objective):
             best = Best(step=step, objective=objective)
         self._state = self._state.model_copy(update={"evaluation": evaluation, "best": best})
 
-    def _reweigh(self, sampler: Sampler, evaluation: Evaluation | None, metrics: Metrics) -> None:
+    def _ask(self, ticker: Ticker) -> None:
+        """Let the student answer and read a little, for people; its weights may be spread over all ranks."""
+        answers, views = self._interview(), self._spotlight()
+        if views and self._ranks.is_first:
+            write_views(self._folder, views, step=self._state.step)
+        if answers and self._metrics is not None:
+            self._metrics.log_answers(self._state.step, answers)
+            ticker.show(answers_table(answers, f"stage {self._plan.number}, step {self._state.step}"))
+
+    def _reweigh(self, sampler: Sampler, evaluation: Evaluation | None) -> None:
         """Let an evaluation say which groups come more often from here on."""
         former = self._state.sampling
         weights = sampler.next_weights(evaluation, former)
         reweighting = Reweighting(position=self._state.position, weights=weights)
         sampler.apply(reweighting)
-        metrics.log("sampling", self._state.step, {"time": time.time(), "weights": weights})
+        self._log("sampling", {"weights": weights})
         self._state = self._state.model_copy(update={"sampling": (*former, reweighting)})
 
     def _save(self) -> None:
         state = self._state.model_copy(
             update={"base": self._base, "balance": self._learner.norms, "scaler": self._learner.scaler_state()}
         )
+        snapshot = self._learner.snapshot()
+        self._ranks.first(lambda: self._write(state, snapshot))
+
+    def _write(self, state: State, snapshot: Snapshot) -> None:
         folder = checkpoint.step_folder(self._folder, state.step)
-        complete = checkpoint.write_checkpoint(folder, state, lambda aside: self._learner.save(aside, self._tokenizer))
+        complete = checkpoint.write_checkpoint(
+            folder, state, lambda aside: self._learner.save(aside, self._tokenizer, snapshot)
+        )
         _publish(self._folder, folder, complete)
         checkpoint.tidy(self._folder)
 
@@ -192,12 +265,14 @@ class _Run:
                     self._reader, domain, max_length=config.max_length, rows=stage.eval_rows, group_by=group_by
                 )
             )
-            for domain in self._plan.domains
+            for domain in (self._reader.domains if stage.eval_domains == "all" else self._plan.domains)
         }
-        empty = [domain for domain, examples in held_out.items() if not examples]
+        empty = [domain for domain in self._plan.domains if not held_out[domain]]
         if empty:
-            consequence = "best/ will be the last step" if len(empty) == len(held_out) else "best/ is chosen without it"
-            self.notes.append(f"no held-out rows of {' and '.join(empty)} in {self._reader.root}: {consequence}.")
+            consequence = (
+                "best/ will be the last step" if len(empty) == len(self._plan.domains) else "best/ is chosen without it"
+            )
+            self.notes.append(f"no held-out rows of {' and '.join(empty)} in {self._reader.where}: {consequence}.")
         return held_out
 
     def _held_out_facts(self) -> dict[str, float]:
@@ -241,6 +316,7 @@ def _first_origin(config: TrainConfig, number: int, start: Path | None, reader: 
         config.student_layers,
         folder=Path(config.out) / "student",
         trust_remote_code=config.trust_remote_code,
+        choose=(lambda: chosen_layers(config, reader)) if config.layer_choice == "loss" else None,
     )
     return Origin(base=str(folder))
 
@@ -254,14 +330,6 @@ def _best_of_stage(config: TrainConfig, number: int) -> Path:
     if not state.finished:
         raise DataError(f"{folder} is not finished: it stands at step {state.step}. {ways}")
     return folder / "best"
-
-
-def _refuse_many_processes() -> None:
-    world = os.environ.get("WORLD_SIZE", "1")
-    if world.isdigit() and int(world) > 1:
-        raise UsageError(
-            f"WORLD_SIZE is {world}, but this version of distill trains in one process. Start it without torchrun."
-        )
 
 
 def _say(note: str, *, quiet: bool) -> None:

@@ -1,5 +1,6 @@
 """A tiny real teacher, a tiny student that shares its tokenizer, and caches filled from the teacher's forward pass."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -225,9 +226,36 @@ def configured(world: World, tmp_path: Path) -> Callable[..., TrainConfig]:
             "device": "cpu",
             "micro_batch_tokens": 100,
             "head_chunk": 32,
+            "samples": 0,
             "stages": {1: {**brief, **(stage or {})}, 2: brief, 3: brief},
             **changes,
         }
         return TrainConfig.model_validate(values)
 
     return configure
+
+
+@pytest.fixture(scope="session")
+def inner_cache(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of the tiny teacher, as capture makes it, with states of both its layers."""
+    from distill.config import CacheConfig, TargetsConfig
+    from distill.teacher.job import cache_teacher
+
+    root = tmp_path_factory.mktemp("inner-states")
+    random = np.random.default_rng(0)
+    lines = [json.dumps({"text": " ".join(f"w{n}" for n in random.integers(0, 290, 20))}) for _ in range(32)]
+    (root / "general.jsonl").write_text("\n".join(lines))
+    config = CacheConfig(
+        teacher=str(world.teacher),
+        data={"general": (str(root / "general.jsonl"),)},
+        eval_fraction=0.2,
+        out=str(root / "cache"),
+        engine="transformers",
+        dtype="float32",
+        targets=TargetsConfig(top_k=16, hidden_bytes=24, layers=(0, 1), layer_bytes=12),
+        max_length=24,
+        unit_rows=8,
+        calibration_tokens=300,
+    )
+    cache_teacher(config, quiet=True)
+    return root / "cache"

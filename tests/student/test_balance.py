@@ -6,7 +6,6 @@ import signal
 
 import pytest
 
-from distill.config import WeightsConfig
 from distill.errors import RetryError
 from distill.student import checkpoint
 from distill.student.balance import balanced, smoothed
@@ -25,7 +24,7 @@ def train_lines(run):
 
 def test_each_loss_gets_its_part_of_the_gradient_and_the_whole_stays():
     norms = {"kl": 8.0, "ce": 2.0, "feature": 1.0, "contrastive": 4.0}
-    weights = balanced(WeightsConfig(**WEIGHTS), norms).model_dump()
+    weights = balanced({**WEIGHTS, "attention": 0.0}, norms)
     parts = {name: weights[name] * norm for name, norm in norms.items()}
     assert sum(parts.values()) == pytest.approx(0.7 * 8 + 0.3 * 2 + 0.2 + 0.4)
     assert [parts[name] / sum(parts.values()) for name in WEIGHTS] == pytest.approx([w / 1.3 for w in WEIGHTS.values()])
@@ -33,12 +32,16 @@ def test_each_loss_gets_its_part_of_the_gradient_and_the_whole_stays():
 
 
 def test_weights_stay_within_bounds_and_as_given_where_nothing_is_known():
-    given = WeightsConfig(**WEIGHTS)
-    weights = balanced(given, {"kl": 1.0, "ce": 1e-9, "feature": 0.0, "contrastive": 1.0})
-    assert weights.ce == pytest.approx(3.0)
-    assert weights.feature == pytest.approx(2.0)
-    assert balanced(given, None) == given
-    assert balanced(given, dict.fromkeys(WEIGHTS, 0.0)) == given
+    weights = balanced(WEIGHTS, {"kl": 1.0, "ce": 1e-9, "feature": 0.0, "contrastive": 1.0})
+    assert weights["ce"] == pytest.approx(3.0)
+    assert weights["feature"] == pytest.approx(2.0)
+    assert balanced(WEIGHTS, None) == WEIGHTS
+    assert balanced(WEIGHTS, dict.fromkeys(WEIGHTS, 0.0)) == WEIGHTS
+    assert balanced({"kl": 1.0, "ce": 1.0, "feature": 0.5}, {"kl": 4.0, "ce": 1.0}) == {
+        "kl": pytest.approx(0.625),
+        "ce": pytest.approx(2.5),
+        "feature": 0.5,
+    }
 
 
 def test_norms_are_smoothed_and_an_overflow_is_left_out():
@@ -46,6 +49,11 @@ def test_norms_are_smoothed_and_an_overflow_is_left_out():
     assert smoothed({"kl": 4.0}, {"kl": 14.0}) == {"kl": pytest.approx(7.0)}
     assert smoothed({"kl": 4.0}, {"kl": float("inf")}) == {"kl": 4.0}
     assert smoothed(None, {"kl": float("nan")}) is None
+    assert smoothed({"kl": 4.0, "ce": 1.0}, {"kl": 4.0, "domain/a": 2.0}) == {
+        "kl": pytest.approx(4.0),
+        "ce": 1.0,
+        "domain/a": pytest.approx(2.0),
+    }
 
 
 @pytest.mark.parametrize("changes", [{}, {"micro_batch_tokens": 4096}, {"gradient_checkpointing": True}])
@@ -58,6 +66,22 @@ def test_measured_norms_are_those_of_training_on_one_loss_alone(configured, tmp_
     stage = {**BALANCED, "max_steps": 1, "weights": {"kl": 0.7, "ce": 0.3}}
     train_stage(configured(stage=stage, **LORA, **changes), 1, quiet=True)
     assert checkpoint.read_state(tmp_path / "run" / "stage1" / "last").balance == pytest.approx(single, rel=1e-3)
+
+
+def test_each_domain_gets_its_share_of_the_gradient(configured, tmp_path):
+    """Norms of domains are those of training on one domain alone, and factors follow them."""
+    stage = {"temperature": 2.0, "max_steps": 1, "batch_size": 12, "shares": {"general": 1, "medical": 1}}
+    train_stage(configured(stage={**stage, "balance": "domain"}, **LORA), 1, quiet=True)
+    norms = checkpoint.read_state(tmp_path / "run" / "stage1" / "last").balance
+    assert set(norms) == {"domain/general", "domain/medical"}
+    assert train_lines(tmp_path / "run")[0]["gradient_norms"] == pytest.approx(norms)
+    factors = train_lines(tmp_path / "run")[0]["domain_weights"]
+    parts = {domain: factor * norms[f"domain/{domain}"] for domain, factor in factors.items()}
+    assert parts["general"] == pytest.approx(parts["medical"])  # their shares are equal
+    assert sum(parts.values()) == pytest.approx(sum(norms.values()))
+    alone = {"temperature": 2.0, "max_steps": 1, "batch_size": 6, "shares": {"medical": 1}}
+    train_stage(configured(stage=alone, out=str(tmp_path / "alone"), **LORA), 1, quiet=True)
+    assert norms["domain/medical"] == pytest.approx(train_lines(tmp_path / "alone")[0]["grad_norm"], rel=1e-3)
 
 
 @pytest.mark.parametrize("tune", [LORA, {"tune": "full"}, {**LORA, "precision": "fp16"}], ids=["lora", "full", "fp16"])
@@ -81,6 +105,8 @@ def test_a_stopped_run_goes_on_with_the_same_weights(configured, tmp_path, monke
     weights = [list(line["weights"].values()) for line in train_lines(whole)]
     assert weights[0] == weights[1] == weights[2] != weights[3]
     assert set(train_lines(whole)[0]["weights"]) == set(WEIGHTS)
+    if tune.get("precision") != "fp16":  # which may overflow in the first measurement
+        assert ["gradient_norms" in line for line in train_lines(whole)] == [i in (0, 3, 6) for i in range(8)]
     assert weights[0] != list(WEIGHTS.values())
 
 
@@ -92,3 +118,17 @@ def test_measuring_changes_neither_dropout_nor_order(configured, tmp_path):
     train_stage(configured(stage={**stage, "balance": True, "balance_every": 2}, **lora), 1, quiet=True)
     ours, plain = ([line["losses"] for line in train_lines(tmp_path / name)] for name in ("run", "plain"))
     assert ours == plain
+
+
+@pytest.mark.parametrize("balance", [False, "loss"])
+def test_norms_to_look_at_change_nothing_of_what_is_learned(configured, tmp_path, balance):
+    stage = {**BALANCED, "balance": balance, "shares": {"general": 1, "medical": 1}}
+    train_stage(configured(stage=stage, out=str(tmp_path / "blind"), **LORA), 1, quiet=True)
+    train_stage(configured(stage={**stage, "norms_every": 4}, **LORA), 1, quiet=True)
+    ours, theirs = train_lines(tmp_path / "run"), train_lines(tmp_path / "blind")
+    assert [line["losses"] for line in ours] == [line["losses"] for line in theirs]
+    names = {*WEIGHTS, "domain/general", "domain/medical"}
+    assert [set(line["gradient_norms"]) for line in ours if line["step"] in (1, 5)] == [names, names]
+    assert all(value > 0 for value in ours[4]["gradient_norms"].values())
+    assert all("gradient_norms" in line for line in theirs if balance and line["step"] in (1, 4, 7))
+    assert not any("gradient_norms" in line for line in theirs if not balance)

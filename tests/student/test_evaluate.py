@@ -16,8 +16,8 @@ from distill.student.trainer import train_stage
 VOCAB = 300
 
 
-def dense_figures(folder, cache, temperature, kind="low_rank"):
-    """KL, CE and agreement of each domain by the book: full logits, float64."""
+def dense_figures(folder, cache, temperature, kind="low_rank", department=None):
+    """KL, CE and agreement of each domain by the book, of one department or all: full logits, float64."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     reader = CacheReader.open(cache)
     column = reader.temperature_index(temperature)
@@ -26,6 +26,8 @@ def dense_figures(folder, cache, temperature, kind="low_rank"):
         kl, ce, agreed = [], [], []
         for commit in reader.units(domain):
             for row in reader.sequences(commit, "eval"):
+                if department and row.prompt.metadata.get("department") != department:
+                    continue
                 mask, targets = row.prompt.loss_mask, row.targets
                 ids = torch.from_numpy(row.prompt.input_ids.astype(np.int64))
                 with torch.no_grad():
@@ -48,7 +50,8 @@ def dense_figures(folder, cache, temperature, kind="low_rank"):
                 kl += (p_NV * (p_NV.log() - (z_NV / temperature).log_softmax(1))).sum(1).tolist()
                 ce += torch.nn.functional.cross_entropy(z_NV, ids[1:][mask], reduction="none").tolist()
                 agreed += (z_NV.argmax(1).numpy() == targets.topk_ids[mask][:, 0]).tolist()
-        figures[domain] = (np.mean(kl), np.mean(ce), np.mean(agreed), len(kl))
+        if kl:
+            figures[domain] = (np.mean(kl), np.mean(ce), np.mean(agreed), len(kl))
     return figures
 
 
@@ -65,15 +68,31 @@ def test_figures_equal_the_dense_reference(configured, world):
             assert figures.top1_agreement == pytest.approx(agreed)
             assert (figures.num_tokens, figures.num_sequences) == (num, 8)
     overall = evaluation.overall
+    assert sum(part.num_tokens for part in overall.calibration) == overall.num_tokens
+    gaps = [part.num_tokens * abs(part.confidence - part.accuracy) for part in overall.calibration]
+    assert sum(gaps) / overall.num_tokens == pytest.approx(overall.ece)
+    assert [part.confidence for part in overall.calibration] == sorted(part.confidence for part in overall.calibration)
     assert overall.kl[1.0] == pytest.approx(np.mean([f.kl[1.0] for f in evaluation.domains.values()]))
 
 
-def test_agreement_and_calibration_equal_the_reference(configured, world):
+@pytest.mark.parametrize("department", ["cardiology", "neurology"])
+def test_figures_of_a_group_equal_the_dense_reference(configured, world, department):
+    ((kl, ce, agreed, num),) = dense_figures(world.student, world.cache, 2.0, department=department).values()
+    figures = evaluate_model(configured(), group_by="department").groups[department]
+    assert figures.kl[2.0] == pytest.approx(kl, rel=1e-4)
+    assert figures.ce == pytest.approx(ce, rel=1e-5)
+    assert figures.perplexity == pytest.approx(math.exp(ce), rel=1e-4)
+    assert figures.top1_agreement == pytest.approx(agreed)
+    assert figures.num_tokens == num
+
+
+@pytest.mark.parametrize("domain", ["general", "medical"])
+def test_agreement_and_calibration_equal_the_reference(configured, world, domain):
     """Top-5 as overlap of two sets, calibration as in Guo et al. 2017, from the model's own logits in float64."""
     model = AutoModelForCausalLM.from_pretrained(world.student, dtype=torch.float32)
     reader = CacheReader.open(world.cache)
     overlap, confidence, correct = [], [], []
-    for commit in reader.units("general"):
+    for commit in reader.units(domain):
         for row in reader.sequences(commit, "eval"):
             ids, mask = torch.from_numpy(row.prompt.input_ids.astype(np.int64)), row.prompt.loss_mask
             with torch.no_grad():
@@ -87,7 +106,7 @@ def test_agreement_and_calibration_equal_the_reference(configured, world):
     weighed = [
         (bins == b).mean() * abs(confidence[bins == b].mean() - correct[bins == b].mean()) for b in np.unique(bins)
     ]
-    figures = evaluate_model(configured()).domains["general"]
+    figures = evaluate_model(configured()).domains[domain]
     assert figures.top5_agreement == pytest.approx(np.mean(overlap))
     assert figures.ece == pytest.approx(sum(weighed), rel=1e-4)
 
@@ -145,3 +164,17 @@ def test_batches_and_chunks_do_not_matter(configured):
 def test_a_model_that_is_not_there(configured, tmp_path):
     with pytest.raises(UsageError, match="there is no folder"):
         evaluate_model(configured(), tmp_path / "nothing")
+
+
+def test_other_domains_are_shown_where_asked_and_count_in_nothing(configured, tmp_path):
+    stage = {"shares": {"medical": 1.0}, "max_steps": 4, "eval_rows": 4, "sampling": "evaluation"}
+    stage["sampling_by"] = "department"
+    found = {}
+    for which in ("stage", "all"):
+        config = configured(stage={**stage, "eval_domains": which}).model_copy(update={"out": str(tmp_path / which)})
+        found[which] = train_stage(config, 1, quiet=True).evaluation
+    assert set(found["stage"].domains) == {"medical"}
+    assert set(found["all"].domains) == {"general", "medical"}
+    assert found["all"].domains["general"].num_tokens > 0
+    assert found["all"].overall == found["stage"].overall == found["all"].domains["medical"]
+    assert found["all"].groups == found["stage"].groups

@@ -6,12 +6,14 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from distill.__main__ import app
 from distill.errors import CorruptionError, UsageError
 from distill.student import export
+from distill.student.evaluate import evaluate_model
 from distill.student.export import export_student
 from distill.student.origin import origin_of
 from distill.student.trainer import train_stage
@@ -50,6 +52,23 @@ def test_an_adapter_is_merged_and_loads_in_transformers(configured, tmp_path):
     assert tokenizer("w3 w4").input_ids == [5, 6]
     assert not list((tmp_path / "model").glob("adapter*"))
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("tune", ["lora", "full"])
+def test_tied_and_untied_heads(configured, tmp_path, tie, tune):
+    """A head of its own is written, a tied one is not; either way the logits are the checkpoint's, layers left out."""
+    save_model(tmp_path / "student", seed=1, num_hidden_layers=4, tie_word_embeddings=tie)
+    settings = {"student": str(tmp_path / "student"), "student_layers": 2, "layer_choice": "loss", "tune": tune}
+    best = train_stage(configured(**settings, stage={"max_steps": 2}), 1, quiet=True).best
+    exported = export_student(best, tmp_path / "model")
+    assert exported.logit_error < 1e-5
+    assert ("lm_head.weight" in load_file(tmp_path / "model" / "model.safetensors")) == (not tie)
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert (config["tie_word_embeddings"], config["num_hidden_layers"]) == (tie, 2)
+    of_checkpoint, of_export = (evaluate_model(configured(), model).overall for model in (best, tmp_path / "model"))
+    assert of_export.ce == pytest.approx(of_checkpoint.ce, rel=1e-5)
+    assert of_export.kl[1.0] == pytest.approx(of_checkpoint.kl[1.0], rel=1e-4)
 
 
 def test_full_fine_tuning_is_exported_in_another_dtype(configured, tmp_path):
@@ -116,9 +135,13 @@ print("tokens", *tokens[0].outputs[0].token_ids)
 
 
 def test_an_export_loads_in_vllm_and_says_the_same(configured, tmp_path):
+    """With its head tied to its embedding, and layers left out."""
     pytest.importorskip("vllm", exc_type=ImportError)
-    save_model(tmp_path / "student", seed=1, head_dim=32)  # vLLM has no attention for smaller heads on CPUs
-    best = train_stage(configured(tune="lora", student=str(tmp_path / "student")), 1, quiet=True).best
+    save_model(
+        tmp_path / "student", seed=1, head_dim=32, num_hidden_layers=4
+    )  # vLLM has no attention for smaller heads on CPUs
+    settings = {"student": str(tmp_path / "student"), "student_layers": 2, "layer_choice": "loss"}
+    best = train_stage(configured(tune="lora", **settings), 1, quiet=True).best
     folder = export_student(best, tmp_path / "model").folder
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ids = torch.tensor([[2, 3, 4]])

@@ -41,6 +41,18 @@ def test_the_realised_share_is_within_one_percent_of_the_schedule(name):
         assert np.abs(difference).max() < 0.01
 
 
+@pytest.mark.parametrize("num_domains", [3, 12, 300])
+def test_any_number_of_domains_is_within_one_percent(num_domains):
+    schedules = list(SCHEDULES.values())
+    shares = {str(number): ShareConfig(**schedules[number % 4]) for number in range(num_domains)}
+    assigned = assign_domains(shares, 6_000)
+    scheduled = scheduled_shares(shares, np.arange(6_000) / 6_000)
+    for stop in (1_500, 6_000):
+        realised = np.bincount(assigned[:stop], minlength=num_domains) / stop
+        assert np.abs(realised - scheduled[:stop].mean(axis=0)).max() < 0.01
+    assert len(np.unique(assigned)) == num_domains
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     shares=st.lists(

@@ -4,9 +4,11 @@ import itertools
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
-from distill.student.optimizer import adamw, learning_rate_factor, optimizer_tensors, restore_optimizer
+from distill.config import TrainConfig
+from distill.student.optimizer import learning_rate_factor, make_optimizer, optimizer_tensors, restore_optimizer
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 7, 100])
@@ -29,22 +31,24 @@ def test_known_values():
 
 def test_norms_and_biases_do_not_decay():
     layer = nn.Linear(3, 2)
-    optimizer = adamw(list(layer.named_parameters()), learning_rate=0.1, weight_decay=0.5)
+    config = TrainConfig(cache="c", student="s", out="o", weight_decay=0.5)
+    optimizer = make_optimizer(list(layer.named_parameters()), config, learning_rate=0.1)
     decays = {len(group["params"][0].shape): group["weight_decay"] for group in optimizer.param_groups}
     assert decays == {2: 0.5, 1: 0.0}
 
 
-def test_a_restored_optimizer_takes_the_same_step():
+def test_a_restored_optimizer_takes_the_same_step(tmp_path):
     torch.manual_seed(0)
     layer, twin = nn.Linear(3, 2), nn.Linear(3, 2)
-    optimizers = [adamw(list(m.named_parameters()), learning_rate=0.1, weight_decay=0.1) for m in (layer, twin)]
+    config = TrainConfig(cache="c", student="s", out="o", weight_decay=0.1)
+    optimizers = [make_optimizer(list(m.named_parameters()), config, learning_rate=0.1) for m in (layer, twin)]
     x = torch.randn(5, 3)
     layer(x).sum().backward()
     optimizers[0].step()
     twin.load_state_dict(layer.state_dict())
     saved = optimizer_tensors(optimizers[0], list(layer.named_parameters()))
-    tensors = {name: value.clone() for name, value in saved.items()}  # as a file would
-    restore_optimizer(optimizers[1], list(twin.named_parameters()), tensors)
+    save_file(saved, tmp_path / "trainer.safetensors")
+    restore_optimizer(optimizers[1], list(twin.named_parameters()), tmp_path / "trainer.safetensors")
     for module, optimizer in zip((layer, twin), optimizers, strict=True):
         module.zero_grad()
         module(x).square().sum().backward()

@@ -1,6 +1,8 @@
 """Protects the plan of a stage: what is refused before a model loads, the number of steps, a run's settings."""
 
 import shutil
+import sys
+from dataclasses import replace
 
 import pytest
 
@@ -17,14 +19,15 @@ def reader(world):
 
 
 @pytest.mark.parametrize(
-    ("stage", "named"),
+    ("stage", "words"),
     [
-        ({"weights": {"kl": 1, "attention": 0.2}}, "stages.1.weights.attention"),
+        ({"weights": {"kl": 1, "attention": 0.2}}, "holds no queries and keys"),
+        ({"tail": "sampled", "temperature": 1.0}, "holds no ids drawn"),
     ],
 )
-def test_what_this_version_cannot_do_is_said(configured, stage, named):
-    with pytest.raises(UsageError, match=f"{named}: not available"):
-        train_stage(configured(stage=stage), 1)
+def test_targets_that_the_cache_lacks_are_refused_before_a_model_loads(configured, tmp_path, stage, words):
+    with pytest.raises(IdentityError, match=words):
+        train_stage(configured(stage=stage, student=str(tmp_path / "no-such-student")), 1)
 
 
 def test_nothing_to_learn_is_refused(configured, reader):
@@ -54,10 +57,7 @@ def test_a_cache_without_hidden_states_says_what_to_change(configured, bare_cach
 def test_missing_domains_and_rows_are_named(configured, reader):
     with pytest.raises(DataError, match=r"law, but .* has no law; it has general, medical"):
         plan_stage(configured(general="law"), 1, reader)
-    commits = tuple(
-        commit.model_copy(update={"num_rows": commit.num_rows.model_copy(update={"train": 0})})
-        for commit in reader.commits
-    )
+    commits = tuple(replace(commit, num_rows=replace(commit.num_rows, train=0)) for commit in reader.commits)
     empty = CacheReader(reader.root, reader, commits, sealed=True)
     with pytest.raises(DataError, match="no train rows of the domain general"):
         plan_stage(configured(), 1, empty)
@@ -118,7 +118,28 @@ def test_a_moved_cache_is_the_same_and_a_grown_one_is_not(configured, reader, tm
     assert settings_of(config, plan_stage(config, 1, fewer), fewer, "student") != settings
 
 
-def test_several_processes_are_refused(configured, monkeypatch):
+def test_processes_that_cannot_find_each_other_are_refused(configured, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UsageError, match="one process"):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(UsageError, match=r"WORLD_SIZE is 2, but RANK and .* Start them with torchrun"):
         train_stage(configured(), 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"quantise": "nf4", "tune": "full"}, "only adapters can train"),
+        ({"quantise": "nf4", "tune": "lora"}, "quantise nf4 needs an NVIDIA GPU: device is cpu"),
+        ({"optimizer": "paged_adamw_8bit"}, "optimizer paged_adamw_8bit needs an NVIDIA GPU"),
+    ],
+)
+def test_quantised_training_is_refused_before_a_model_loads(configured, tmp_path, changes, says):
+    with pytest.raises(UsageError, match=says):
+        train_stage(configured(student=str(tmp_path / "no-such-student"), **changes), 1)
+
+
+def test_a_missing_bitsandbytes_is_named(configured, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # importing it raises ImportError
+    with pytest.raises(UsageError, match=r"needs bitsandbytes, which is not installed. Install distill\[quantised\]"):
+        train_stage(configured(optimizer="adamw_8bit", device="cuda"), 1)

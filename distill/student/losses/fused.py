@@ -17,6 +17,8 @@ from torch import Tensor
 from distill.student.losses.ce import cross_entropy
 from distill.student.losses.divergence import FORWARD, Divergence
 from distill.student.losses.kl import TeacherTargets, wide
+from distill.student.losses.onepass import ChunkTargets, losses_with_gradient
+from distill.student.losses.sampled import SampledTargets, sampled_kl
 from distill.student.losses.tail import TailModel
 
 
@@ -35,18 +37,38 @@ class Head:
         """The rows of W that belong to real ids, in the dtype of the products: [V, D], cut off from any graph."""
         return self.weight[: self.vocab_size].detach().to(self.compute_dtype)
 
+    def product(self, hidden_ND: Tensor, matrix_VD: Tensor) -> Tensor:
+        """``W h + bias`` with W from ``matrix``, cut off from any graph: [N, V], float32 where there is a bias."""
+        raw_NV = hidden_ND.detach().to(self.compute_dtype) @ matrix_VD.T
+        return raw_NV if self.bias is None else wide(raw_NV) + self.bias[: self.vocab_size].detach()
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether logits are ``W h + bias`` itself."""
+        return self.soft_cap is None and self.scale == 1.0
+
     def finish(self, raw_NV: Tensor) -> Tensor:
         """Cap and scale ``W h + bias`` as the student's own forward pass does."""
         if self.soft_cap is not None:
             raw_NV = self.soft_cap * torch.tanh(raw_NV / self.soft_cap)
         return raw_NV * self.scale if self.scale != 1.0 else raw_NV
 
+    def unfinish(self, grad_NV: Tensor, logits_NV: Tensor) -> Tensor:
+        """The gradient with respect to ``W h + bias``, given that with respect to the finished logits."""
+        grad_NV = grad_NV * self.scale if self.scale != 1.0 else grad_NV
+        if self.soft_cap is None:
+            return grad_NV
+        return grad_NV * (1 - (logits_NV / (self.scale * self.soft_cap)).square())
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadTargets:
-    """What KL and cross-entropy compare N tokens with, and how. The tail is low-rank where ``tail`` is given."""
+    """What KL and cross-entropy compare N tokens with, and how. The tail is low-rank where ``tail`` is given.
 
-    teacher: TeacherTargets
+    Against ``SampledTargets`` there is only the forward divergence, and no tail.
+    """
+
+    teacher: TeacherTargets | SampledTargets
     labels: Tensor  # [N] int64
     coords: Tensor | None  # [N, R]
     tail: TailModel | None
@@ -91,11 +113,9 @@ def chunks_of_logits(
 
     ``matrix_VD`` is ``head.matrix()``. The tensors are cut off from any graph.
     """
-    bias_V = None if head.bias is None else head.bias[: head.vocab_size].detach()
     for start in range(0, len(hidden_ND), chunk):
         stop = min(start + chunk, len(hidden_ND))
-        raw_NV = wide(hidden_ND[start:stop].detach().to(head.compute_dtype) @ matrix_VD.T)
-        yield start, stop, raw_NV if bias_V is None else raw_NV + bias_V
+        yield start, stop, wide(head.product(hidden_ND[start:stop], matrix_VD))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,17 +127,49 @@ class _Work:
     chunk: int
     with_gradient: bool
 
-    def losses(self, raw_NV: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Weighted sum, KL sum and cross-entropy sum of one chunk."""
-        logits_NV = self.head.finish(raw_NV)
-        zero = logits_NV.new_zeros(())
-        kl, ce = zero, zero
+    def losses(self, raw_NV: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """KL sum and cross-entropy sum of one chunk."""
+        logits_NV = self.head.finish(wide(raw_NV))
+        kl, ce = logits_NV.new_zeros(()), logits_NV.new_zeros(())
         if self.kl_weight > 0:
-            teacher = self.targets.teacher.rows(start, stop)
-            kl = self.targets.divergence(logits_NV, teacher, self.tail_logits(start, stop)).sum()
+            kl = self._divergence(logits_NV, start, stop).sum()
         if self.ce_weight > 0:
             ce = cross_entropy(logits_NV, self.targets.labels[start:stop]).sum()
-        return self.kl_weight * kl + self.ce_weight * ce, kl.detach(), ce.detach()
+        return kl, ce
+
+    def _divergence(self, logits_NV: Tensor, start: int, stop: int) -> Tensor:
+        teacher = self.targets.teacher.rows(start, stop)
+        if isinstance(teacher, SampledTargets):
+            return sampled_kl(logits_NV, teacher)
+        return self.targets.divergence(logits_NV, teacher, self.tail_logits(start, stop))
+
+    def gradient(self, raw_NV: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradient of one chunk's weighted sum with respect to ``raw_NV``, its KL sum and cross-entropy sum."""
+        if self.kl_weight == 0 or self.targets.divergence.name == "forward":
+            return self._gradient_by_hand(raw_NV, start, stop)
+        leaf_NV = wide(raw_NV).requires_grad_()
+        with torch.enable_grad():
+            kl, ce = self.losses(leaf_NV, start, stop)
+            grad_NV = torch.autograd.grad(self.kl_weight * kl + self.ce_weight * ce, leaf_NV)[0]
+        return grad_NV, kl.detach(), ce.detach()
+
+    def _gradient_by_hand(self, raw_NV: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
+        targets, head, tail_NV, bias_V = self.targets, self.head, None, None
+        if targets.tail is not None and targets.coords is not None and self.kl_weight > 0:
+            tail_NV, bias_V = targets.tail.with_bias_apart(targets.coords[start:stop])
+        logits_NV = raw_NV if head.is_plain else head.finish(wide(raw_NV))
+        chunk = ChunkTargets(
+            teacher=targets.teacher.rows(start, stop),
+            labels=targets.labels[start:stop],
+            tail_logits=tail_NV,
+            tail_bias=bias_V,
+            kl_weight=self.kl_weight,
+            ce_weight=self.ce_weight,
+        )
+        dtype = head.compute_dtype if head.is_plain else logits_NV.dtype
+        found = losses_with_gradient(logits_NV, chunk, dtype=dtype)
+        grad_NV = found.gradient if head.is_plain else head.unfinish(found.gradient, logits_NV)
+        return grad_NV, found.kl, found.ce
 
     def tail_logits(self, start: int, stop: int) -> Tensor | None:
         if self.targets.tail is None or self.targets.coords is None:
@@ -145,7 +197,7 @@ class _Gradients:
             product_VD = narrow_NV.T @ hidden_ND.to(self.compute_dtype)
             self.weight_HD[:num_vocab] += product_VD
         if self.bias_H is not None:
-            self.bias_H[:num_vocab] += grad_NV.sum(0)
+            self.bias_H[:num_vocab] += grad_NV.sum(0, dtype=self.bias_H.dtype)
 
 
 class _FusedHead(torch.autograd.Function):
@@ -159,13 +211,15 @@ class _FusedHead(torch.autograd.Function):
         matrix_VD = work.head.matrix()
         gradients = _Gradients(work.head, matrix_VD, hidden_ND=hidden_ND, needs=needs)
         sums_3 = torch.zeros(3, dtype=wide(hidden_ND[:0]).dtype, device=hidden_ND.device)
-        for start, stop, raw_NV in chunks_of_logits(hidden_ND, work.head, matrix_VD, chunk=work.chunk):
-            raw_NV.requires_grad_(any(needs))
-            with torch.set_grad_enabled(any(needs)):
-                terms = work.losses(raw_NV, start, stop)
+        for start in range(0, len(hidden_ND), work.chunk):
+            stop = min(start + work.chunk, len(hidden_ND))
+            raw_NV = work.head.product(hidden_ND[start:stop], matrix_VD)
             if any(needs):
-                gradients.add(torch.autograd.grad(terms[0], raw_NV)[0], hidden_ND[start:stop], start)
-            sums_3 += torch.stack([term.detach() for term in terms])
+                grad_NV, kl, ce = work.gradient(raw_NV, start, stop)
+                gradients.add(grad_NV, hidden_ND[start:stop], start)
+            else:
+                kl, ce = work.losses(raw_NV, start, stop)
+            sums_3 += torch.stack([work.kl_weight * kl + work.ce_weight * ce, kl, ce])
         ctx.save_for_backward(gradients.hidden_ND, gradients.weight_HD, gradients.bias_H)
         ctx.dtypes = (hidden_ND.dtype, weight_HD.dtype, None if bias_H is None else bias_H.dtype)
         weighted, kl, ce = sums_3.unbind()

@@ -68,3 +68,21 @@ def test_means_are_over_the_tokens_of_each_sequence():
     means_BR = sequence_means(values_NR.bfloat16(), torch.tensor([0, 0, 2, 2, 2]), 3)
     assert means_BR.tolist() == [[1.0, 2.0], [0.0, 0.0], [6.0, 7.0]]
     assert means_BR.dtype == torch.float32
+
+
+def test_alone_it_goes_down_to_what_the_teachers_own_vectors_reach():
+    """Its floor is at or below the loss of a student whose vectors are the teacher's."""
+    teacher_MR, keys = vectors(6, seed=1, rank=8), torch.arange(6)
+    candidates = Candidates(vectors=teacher_MR, keys=keys)
+    student = vectors(6, seed=2, rank=8).requires_grad_()
+    optimizer = torch.optim.Adam([student], lr=0.05)
+    values = []
+    for _ in range(1500):
+        optimizer.zero_grad()
+        loss = contrastive_loss(student, teacher_MR, keys, candidates, temperature=0.1).mean()
+        loss.backward()
+        optimizer.step()
+        values.append(loss.item())
+    reached = contrastive_loss(teacher_MR, teacher_MR, keys, candidates, temperature=0.1).mean().item()
+    assert values[0] > 1.0
+    assert values[-1] < reached + 1e-3

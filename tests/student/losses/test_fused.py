@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill.student.losses.fused import Head, HeadTargets, fused_head_losses
 from distill.student.losses.kl import TeacherTargets
+from distill.student.losses.tail import TailModel
 
 WEIGHTS = (0.7, 0.3)
 
@@ -142,17 +143,12 @@ def tiny_head(weight_HD, *, vocab, bias=None, scale=1.0, cap=None):
     return Head(weight=weight_HD, bias=bias, vocab_size=vocab, scale=scale, soft_cap=cap, compute_dtype=weight_HD.dtype)
 
 
-class FixedTail:
-    """Stands for a TailModel: coordinates are the logits, so that nothing is rounded to float32."""
-
-    def logits(self, coords_NR):
-        return coords_NR
-
-
 def tiny_targets(*, num_tokens, vocab, with_tail=False):
     generator = torch.Generator().manual_seed(1)
     log_p_NV = torch.randn(num_tokens, vocab, dtype=torch.float64, generator=generator).log_softmax(1)
     sorted_NV, ids_NV = log_p_NV.sort(descending=True)
+    basis_VV, bias_V = torch.eye(vocab, dtype=torch.float64), torch.linspace(0, 1, vocab, dtype=torch.float64)
+    tail = TailModel(basis=basis_VV, bias=bias_V, logit_scale=1.0, soft_cap=None)  # coordinates are the logits
     return HeadTargets(
         teacher=TeacherTargets(
             topk_ids=ids_NV[:, :3],
@@ -162,7 +158,7 @@ def tiny_targets(*, num_tokens, vocab, with_tail=False):
         ),
         labels=torch.randint(0, vocab, (num_tokens,), generator=generator),
         coords=log_p_NV if with_tail else None,
-        tail=FixedTail() if with_tail else None,
+        tail=tail if with_tail else None,
     )
 
 

@@ -1,0 +1,138 @@
+"""Protects training on what a cache may hold besides: ids drawn from the teacher, and queries and keys of its heads."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from distill.cache.reader import CacheReader
+from distill.config import CacheConfig, StageConfig, TargetsConfig
+from distill.errors import IdentityError, UsageError
+from distill.student.batch import collate, example_of
+from distill.student.model import Origin, load_student
+from distill.student.objective import Objective, TeacherView, attention_loss_of
+from distill.student.precision import resolve_precision
+from distill.student.stage import plan_stage
+from distill.student.trainer import train_stage
+from distill.teacher.job import cache_teacher
+
+NUM_SAMPLES, HEADS = 6, {1: (0, 3)}
+
+
+@pytest.fixture(scope="module")
+def cache(world, tmp_path_factory):
+    """A cache of the tiny teacher, as capture makes it, with draws and heads."""
+    root = tmp_path_factory.mktemp("inner")
+    random = np.random.default_rng(0)
+    lines = [json.dumps({"text": " ".join(f"w{n}" for n in random.integers(0, 290, 20))}) for _ in range(24)]
+    (root / "general.jsonl").write_text("\n".join(lines))
+    config = CacheConfig(
+        teacher=str(world.teacher),
+        data={"general": (str(root / "general.jsonl"),)},
+        eval_fraction=0.2,
+        out=str(root / "cache"),
+        engine="transformers",
+        dtype="float32",
+        targets=TargetsConfig(top_k=16, hidden_bytes=24, num_samples=NUM_SAMPLES, heads=HEADS),
+        max_length=24,
+        unit_rows=8,
+        calibration_tokens=100,
+    )
+    cache_teacher(config, quiet=True)
+    return root / "cache"
+
+
+@pytest.fixture
+def sequences(cache):
+    reader = CacheReader.open(cache)
+    return [row for commit in reader.commits for row in reader.sequences(commit, "train")]
+
+
+def stage_of(**changes):
+    values = {"shares": {"general": 1}, "temperature": 1.0, "learning_rate": 1e-3, "epochs": 1, "batch_size": 4}
+    return StageConfig.model_validate({**values, **changes})
+
+
+def test_each_trained_token_has_its_own_draws(sequences):
+    """Also where only some positions train and the end is cut off."""
+    masked = dataclasses.replace(sequences[1].prompt, loss_mask=np.arange(len(sequences[1].prompt.loss_mask)) % 3 == 1)
+    rows = [sequences[0], dataclasses.replace(sequences[1], prompt=masked)]
+    batch = collate([example_of(row, 15) for row in rows], None)
+    expected = []
+    for row in rows:
+        targets, used = row.targets, 0
+        for position in range(len(targets.entropy)):
+            stop = used + 1
+            while targets.sampled_counts[used:stop].sum() < NUM_SAMPLES:
+                stop += 1
+            if position < 14 and row.prompt.loss_mask[position]:
+                ids, counts = targets.sampled_ids[used:stop].tolist(), targets.sampled_counts[used:stop].tolist()
+                expected.append((dict(zip(ids, counts, strict=True)), targets.entropy[position]))
+            used = stop
+    assert len(expected) == batch.num_trained
+    for (draws, entropy), ids, weights, got_entropy in zip(
+        expected, batch.sampled.ids, batch.sampled.weights, batch.sampled.entropy, strict=True
+    ):
+        got = {int(i): round(float(w) * NUM_SAMPLES) for i, w in zip(ids, weights, strict=True) if w > 0}
+        assert got == draws
+        assert got_entropy == pytest.approx(entropy)
+
+
+def test_the_teacher_itself_has_nearly_no_attention_loss_and_another_model_has(world, cache, sequences, configured):
+    reader = CacheReader.open(cache)
+    precision = resolve_precision("cpu", "fp32")
+    config = configured(cache=str(cache))
+    stage = stage_of(weights={"kl": 0, "attention": 1}, attention={"layers": {1: 1}, "heads": {0: 0, 3: 3}})
+    values = {}
+    for name in ("teacher", "student"):
+        origin = Origin(base=str(getattr(world, name)))
+        student = load_student(
+            config, origin, precision=precision, vocab_size=reader.identity.vocab_size, training=False
+        )
+        view = TeacherView.of(reader, precision)
+        attention = attention_loss_of(student, view, stage)
+        objective = Objective(student, view, stage, adapter=None, head_chunk=16, attention=attention)
+        apart = collate([example_of(row, 20) for row in sequences[:3]], None)
+        packed = collate([example_of(row, 20) for row in sequences[:3]], None, row_length=50)
+        with torch.no_grad():
+            values[name] = float(objective(apart).named["attention"]) / apart.num_trained
+            in_rows = float(objective(packed).named["attention"]) / apart.num_trained
+        assert in_rows == pytest.approx(values[name], rel=1e-3, abs=1e-7)
+    assert values["teacher"] < 1e-3
+    assert values["student"] > 20 * values["teacher"]
+
+
+def test_a_stage_trains_on_draws_and_attention(cache, configured):
+    stage = {
+        "tail": "sampled",
+        "temperature": 1.0,
+        "weights": {"kl": 0.5, "ce": 0.2, "attention": 0.3},
+        "max_steps": 8,
+        "balance": True,
+    }
+    config = configured(cache=str(cache), stage=stage, tune="lora", gradient_checkpointing=True)
+    result = train_stage(config, 1, quiet=True)
+    text = Path(config.out, "stage1", "metrics.jsonl").read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in text.splitlines()]
+    trained = [line for line in lines if line["kind"] == "train"]
+    assert all({"kl", "ce", "attention"} <= set(line["losses"]) for line in trained)
+    measured = [line["overall"]["attention"] for line in lines if line["kind"] == "eval"]
+    assert measured[-1] < measured[0]
+    assert result.evaluation.overall.attention == measured[-1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"temperature": 2.0}, IdentityError, "say nothing about others"),
+        ({"temperature": [2, 1]}, IdentityError, "say nothing about others"),
+        ({"divergence": "reverse"}, UsageError, "only the forward divergence"),
+    ],
+)
+def test_draws_serve_temperature_one_and_the_forward_divergence_alone(cache, configured, changes, error, words):
+    config = configured(cache=str(cache), stage={"tail": "sampled", "temperature": 1.0, **changes})
+    with pytest.raises(error, match=words):
+        plan_stage(config, 1, CacheReader.open(cache))
