@@ -2,6 +2,8 @@
 
     python -m benchmarks.capture [--repeats 5] [--threads 2] [--json FILE]
 
+``decode`` is the same for answers: 64 tokens written after 64 read, eight at a time.
+
 ``small`` is SmolLM2-135M in bfloat16 on text that is at hand (this repository's documents and example data). Its LM
 head is about a fifth of its work and must run at every position, where plain prefill runs it at the last one only: the
 floor is about 1.27. ``deep`` is a random model whose head is 2% of the work, as in a 72B model: its floor is 1.02.
@@ -26,12 +28,14 @@ from distill.cache.projection import Projection
 from distill.cache.schema import Layout
 from distill.cache.shard import write_rows
 from distill.config import CacheConfig
-from distill.records import Prompt, SequenceTargets
+from distill.records import Prompt, Question, SequenceTargets
 from distill.teacher import calibration
-from distill.teacher.capture import chunk_rows
+from distill.teacher.chunks import chunk_rows
+from distill.teacher.engine import Writing
 from examples.smollm2 import teacher_folder
 
 LENGTH, NUM_PROMPTS = 512, 8
+ASKED, ANSWER = 64, 64  # tokens of a prompt and of the answer to it, where answers are written
 ROOT = Path(__file__).parent.parent
 
 
@@ -59,7 +63,19 @@ def prompts(tokenizer: Any) -> list[Prompt]:
     return made
 
 
-def measure(runs: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
+def question(prompt: Prompt) -> Question:
+    """The first tokens of a text, for the teacher to go on with."""
+    return Question(
+        prompt_id=prompt.prompt_id,
+        domain=prompt.domain,
+        split=prompt.split,
+        source=prompt.source,
+        prompt="",
+        input_ids=prompt.input_ids[:ASKED],
+    )
+
+
+def measure(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
     """Median seconds of each run; they take turns, so that a slow minute of the machine hits them all."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
@@ -114,18 +130,32 @@ def bench(folder: Path, sequences: list[Prompt], *, vocab_size: int, repeats: in
         llm.generate(ids, parameters, use_tqdm=False)
 
     captured: dict[int, Any] = {}
+    asked = [question(prompt) for prompt in sequences]
+    writing = Writing(
+        temperature=0.0, top_p=1.0, max_tokens=ANSWER, max_length=LENGTH + 8, stop_ids=(), seed=0
+    )  # no id ends an answer: all have the same length
+
+    def decode() -> None:
+        llm.collective_rpc("capture_begin", args=("off",))
+        parameters = SamplingParams(max_tokens=ANSWER, temperature=0, detokenize=False, ignore_eos=True)
+        llm.generate([{"prompt_token_ids": item.input_ids.tolist()} for item in asked], parameters, use_tqdm=False)
+
     runs = {
         "plain": lambda: generate(None),
         "capture": lambda: captured.update(engine.capture(sequences)),
         "prompt_logprobs": lambda: generate(20),
+        "plain_decode": decode,
+        "capture_decode": lambda: list(engine.answer(asked, writing)),
     }
     seconds = measure(runs, repeats)
     engine.close()
     rows = [SequenceTargets(prompt=prompt, targets=captured[i]) for i, prompt in enumerate(sequences)]
+    num_tokens = {name: len(asked) * ANSWER if "decode" in name else num_targets for name in seconds}
     return {
-        **{f"{name}_tokens_per_s": round(num_targets / value, 1) for name, value in seconds.items()},
+        **{f"{name}_tokens_per_s": round(num_tokens[name] / value, 1) for name, value in seconds.items()},
         "capture_over_plain": round(seconds["capture"] / seconds["plain"], 3),
         "prompt_logprobs_over_plain": round(seconds["prompt_logprobs"] / seconds["plain"], 3),
+        "decode_over_plain": round(seconds["capture_decode"] / seconds["plain_decode"], 3),
         "bytes_per_token": round(_bytes(rows, config, projection) / num_targets, 1),
         "head_chunk": chunk_rows(vocab_size, is_cuda=False),
     }

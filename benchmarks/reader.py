@@ -7,10 +7,12 @@ each shard (a reader's first time) and then with the page checksums alone.
 """
 
 import argparse
+import contextlib
 import json
 import platform
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +22,13 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from distill.cache.codec import decode, encode
 from distill.cache.plan import Identity, Plan, Recorded, Source, plan_units
 from distill.cache.projection import Projection
 from distill.cache.reader import CacheReader
+from distill.cache.sanity import problem
+from distill.cache.schema import Layout, parquet_options
+from distill.cache.shard import row_groups
 from distill.cache.writer import CacheWriter
 from distill.records import Prompt, SequenceTargets, Targets
 
@@ -148,6 +154,66 @@ def measure(folder: Path, num_units: int) -> dict[str, float]:
     }
 
 
+def overheads(folder: Path, num_units: int) -> dict[str, float]:
+    """What safety costs, as a share: of writing with ``pyarrow.parquet.write_table``, of reading with ``read``.
+
+    Writing: page checksums, SHA-256, fsync, reading back and the commit record, against the same table written with the
+    same encodings and none of these; building the table and looking at its numbers are in neither. Reading: page
+    checksums (``first``: and the SHA-256) against neither, both up to numpy arrays. By the clock, with the disk's fsync
+    in it, and by the processor's time. The least of all units is taken on both sides.
+    """
+    rng = np.random.default_rng(1)
+    projection = made_up_projection(rng)
+    writer = CacheWriter.open(folder, made_up_plan(num_units * UNIT_ROWS))
+    writer.put_once("projection.safetensors", projection.to_bytes())
+    layout = Layout.of(writer.plan.identity, WIDTHS)
+    options = parquet_options(layout) | {"write_page_checksum": False}
+    taken = _Stopwatch()
+    for unit in writer.missing_units():
+        rows = [made_up_row(rng, projection, number) for number in range(unit.start, unit.stop)]
+        with taken("encode"):
+            tables = [encode(group, layout) for group in row_groups(rows)]
+        with taken("look"):
+            assert not any(problem(row, identity=writer.plan.identity, layout=layout) for row in rows)
+        table = pa.concat_tables(tables)
+        with taken("plain_write"):
+            pq.write_table(table, folder / "plain.parquet", row_group_size=len(tables[0]), **options)
+        with taken("commit"):
+            writer.commit(unit, rows, rejects=[], num_input_rows=len(rows))
+    writer.seal()
+    reader = CacheReader.open(folder)
+    for commit in reader.commits:
+        with taken("first_read"):
+            reader.sequences(commit, "train")
+        with taken("read"):
+            reader.sequences(commit, "train")
+        with taken("plain_read"):
+            decode(pq.ParquetFile(folder / commit.shard).read(use_threads=False), layout)
+    found = {}
+    for clock, least in (("", taken.wall), ("_cpu", taken.cpu)):
+        written = least["commit"] - least["encode"] - least["look"]
+        found[f"writer_overhead{clock}"] = written / least["plain_write"] - 1
+        found[f"reader_overhead{clock}"] = least["read"] / least["plain_read"] - 1
+        found[f"reader_overhead_first{clock}"] = least["first_read"] / least["plain_read"] - 1
+    return found
+
+
+class _Stopwatch:
+    """The least seconds that each piece of work took, by the clock and by the processor."""
+
+    def __init__(self) -> None:
+        self.wall: dict[str, float] = {}
+        self.cpu: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        wall, cpu = time.perf_counter(), time.process_time()
+        yield
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        self.wall[name] = min(wall, self.wall.get(name, wall))
+        self.cpu[name] = min(cpu, self.cpu.get(name, cpu))
+
+
 def bytes_by_column(folder: Path, num_tokens: int) -> dict[str, float]:
     """Compressed bytes per token of each column."""
     sizes: dict[str, float] = {}
@@ -173,15 +239,18 @@ def main() -> None:
         folder = Path(name) / "cache"
         numbers = measure(folder, arguments.units)
         columns = bytes_by_column(folder, arguments.units * UNIT_ROWS * LENGTH)
+        shares = overheads(Path(name) / "overheads", arguments.units)
     table = Table("measure", "value", title=f"{arguments.units * UNIT_ROWS} sequences of {LENGTH} tokens, one core")
     for key, value in numbers.items():
         table.add_row(key, f"{value:,.1f}" if value < 10_000 else f"{value:,.0f}")
+    for key, value in shares.items():
+        table.add_row(key, f"{value:.1%}")
     for column, value in columns.items():
         table.add_row(f"bytes per token of {column}", f"{value:.2f}")
     Console().print(table)
     if arguments.json:
         machine = {"processor": platform.processor() or platform.machine(), "python": platform.python_version()}
-        report = {**numbers, "bytes_by_column": columns, "machine": {**machine, "pyarrow": pa.__version__}}
+        report = {**numbers, **shares, "bytes_by_column": columns, "machine": {**machine, "pyarrow": pa.__version__}}
         arguments.json.write_text(json.dumps(report, indent=2) + "\n")
 
 

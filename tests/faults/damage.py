@@ -14,6 +14,7 @@ from distill.cache.reader import CacheReader
 from distill.errors import CorruptionError, DistillError, StorageError
 from distill.launch.worker import Worker
 from distill.report.verify import verify
+from distill.student.checkpoint import State, read_checkpoint, write_checkpoint
 from tests.faults.filler import Job, account_of_cache, fill_cache
 from tests.faults.torture import in_child
 
@@ -39,7 +40,31 @@ def flip_bits(folder: Path, *, flips: int, seed: int) -> dict[str, dict[str, int
         caught = sum(_named_after(root, rng.choice(paths), lambda data: _flipped(data, rng)) for _ in range(flips))
         figures[kind] = {"flips": flips, "caught": caught}
     assert verify(root).ok, "every file has been mended"
-    return figures
+    return {**figures, "checkpoint": _flip_checkpoint(folder / "step-1", flips=flips, rng=rng)}
+
+
+def _flip_checkpoint(folder: Path, *, flips: int, rng: random.Random) -> dict[str, int]:
+    """The same in the files of a checkpoint, its state among them: how many flips reading it names."""
+
+    def fill(aside: Path) -> None:
+        for name in ("model/model.safetensors", "model/config.json", "trainer.safetensors"):
+            (aside / name).parent.mkdir(exist_ok=True)
+            (aside / name).write_bytes(rng.randbytes(4096))
+
+    write_checkpoint(folder, State(stage=1, step=1, position=8, finished=False, settings={"seed": 42}), fill)
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    caught = 0
+    for _ in range(flips):
+        path = rng.choice(paths)
+        content = path.read_bytes()
+        path.write_bytes(_flipped(content, rng))
+        try:
+            read_checkpoint(folder)
+        except CorruptionError as error:
+            caught += str(path) in str(error)
+        path.write_bytes(content)
+    read_checkpoint(folder)
+    return {"flips": flips, "caught": caught}
 
 
 def damage_shards(folder: Path, *, seed: int) -> dict[str, dict[str, int]]:

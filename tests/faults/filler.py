@@ -94,7 +94,7 @@ class _Engine:
                 yield ordinal, self._teacher.sequence(seed, length=len(prompt.input_ids)).targets
 
 
-def fill_cache(root: Path, job: Job, worker: Worker) -> None:
+def fill_cache(root: Path | str, job: Job, worker: Worker) -> None:
     """Begin the cache or go on with it until nothing is missing, and seal it. Raises what the writer raises."""
     writer = CacheWriter.open(root, job.plan)
     assert job.teacher.projection is not None
@@ -153,7 +153,7 @@ class Account:
         )
 
 
-def account_of_cache(root: Path, job: Job) -> Account:
+def account_of_cache(root: Path | str, job: Job) -> Account:
     """Every row and every reject of a sealed cache. Raises what the reader raises."""
     reader = CacheReader.open(root)
     found = []
@@ -161,7 +161,7 @@ def account_of_cache(root: Path, job: Job) -> Account:
         for row in decode(reader.read_unit(commit), reader.layout):
             found.append((row.prompt.source, fingerprint(row)))
         if commit.rejects is not None:
-            for line in storage.read(storage.inside(root, commit.rejects)).splitlines():
+            for line in storage.read(storage.inside(reader.root, commit.rejects)).splitlines():
                 reject = json.loads(line)
                 found.append((reject["source"], reject["reason"].encode()))
     return Account.of(found, job.truth(rejects=True))

@@ -1,4 +1,4 @@
-"""Protects the cache's promises under force: kill -9 of two writers, flipped bits, cut and swapped shards, a full disk.
+"""Protects the promises under force: kills of writers and trainers, races, flipped bits, wrong shards, a full disk.
 
 A short run of ``benchmarks.faults`` in a process of its own, since it forks; ``make torture`` is the long one.
 """
@@ -15,15 +15,18 @@ from benchmarks.faults import failures
 from tests.faults.filler import Account, Job, fingerprint
 
 ROOT = Path(__file__).parents[2]
-KILLS, FLIPS = 40, 35  # flips in each of six kinds of file
+KILLS, FLIPS = 40, 35  # flips in each of seven kinds of file
+TRAIN_KILLS, STORE_KILLS, UNITS = 2, 2, 12
 
 
 @pytest.fixture(scope="module")
 def figures(tmp_path_factory: pytest.TempPathFactory) -> Any:
     path = tmp_path_factory.mktemp("faults") / "faults.json"
-    command = [sys.executable, "-m", "benchmarks.faults", "--kills", str(KILLS), "--flips", str(FLIPS)]
+    sizes = {"kills": KILLS, "flips": FLIPS, "mutations": 2, "train-kills": TRAIN_KILLS, "store-kills": STORE_KILLS}
+    options = [f"--{name}={number}" for name, number in {**sizes, "race-units": UNITS}.items()]
+    command = [sys.executable, "-m", "benchmarks.faults", *options]
     done = subprocess.run(
-        [*command, "--json", str(path)], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+        [*command, "--json", str(path)], cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
     )
     assert path.exists(), done.stdout + done.stderr
     return {**json.loads(path.read_text()), "output": done.stdout + done.stderr, "exit_code": done.returncode}
@@ -47,7 +50,7 @@ def test_the_same_kills_ruin_a_naive_writer(figures: Any) -> None:
     assert not naive["survived"]
 
 
-@pytest.mark.parametrize("kind", ["shard", "commit", "manifest", "plan", "projection", "rejects"])
+@pytest.mark.parametrize("kind", ["shard", "commit", "manifest", "plan", "projection", "rejects", "checkpoint"])
 def test_every_flipped_bit_is_named(figures: Any, kind: str) -> None:
     assert figures["flips"][kind] == {"flips": FLIPS, "caught": FLIPS}
 
@@ -69,6 +72,36 @@ def test_a_full_disk_ends_the_run_and_more_room_finishes_it(figures: Any) -> Non
     assert not any(wrong.values()), (wrong, figures["output"])
 
 
+def assert_nothing_wrong(part: dict[str, Any], output: str) -> None:
+    wrong = {name: part[name] for name in ("lost", "doubled", "silent", "problems")}
+    assert not any(wrong.values()), (wrong, output)
+
+
+def test_of_eight_writers_one_wins_each_unit(figures: Any) -> None:
+    race = figures["race"]
+    assert (race["writers"], race["units"], race["winners"], race["failed"]) == (8, UNITS, UNITS, 0)
+    assert race["contested"] > 0
+    assert race["rows"] == 4 * UNITS
+    assert_nothing_wrong(race, figures["output"])
+
+
+def test_killed_training_ends_as_unkilled(figures: Any) -> None:
+    training = figures["training"]
+    assert training["kills"] == TRAIN_KILLS
+    assert (training["failed"], training["different"]) == (0, 0), figures["output"]
+
+
+def test_the_same_in_an_object_store(figures: Any) -> None:
+    store = figures["store"]
+    if "skipped" in store:
+        pytest.skip(store["skipped"])
+    assert (store["race"]["winners"], store["race"]["failed"]) == (UNITS, 0)
+    assert store["kills"]["kills"] == STORE_KILLS
+    assert store["requests"]["failed_requests"] > 20
+    for part in store.values():
+        assert_nothing_wrong(part, figures["output"])
+
+
 def test_the_run_passes_only_if_all_of_that_holds(figures: Any) -> None:
     assert figures["exit_code"] == 0, figures["output"]
     assert failures(figures) == []
@@ -76,6 +109,10 @@ def test_the_run_passes_only_if_all_of_that_holds(figures: Any) -> None:
     assert failures(lucky) == ["the control lost nothing, so the kills prove nothing"]
     missed = {**figures, "flips": {"plan": {"flips": 2, "caught": 1}}}
     assert failures(missed) == ["flips in plan"]
+    twice = {**figures, "race": {**figures["race"], "winners": UNITS - 1}}
+    assert failures(twice) == ["race"]
+    other = {**figures, "training": {**figures["training"], "different": 1}}
+    assert failures(other) == ["training"]
 
 
 def test_the_account_sees_lost_doubled_and_changed_rows() -> None:

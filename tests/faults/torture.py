@@ -20,7 +20,8 @@ from distill.launch.worker import Worker
 from distill.report.verify import verify
 from tests.faults.filler import Job, account_of_cache, account_of_naive, fill_cache, fill_naively
 
-Fill = Callable[[Path, Job, Worker], None]
+Place = Any  # a folder, or the URL of one in a bucket
+Fill = Callable[[Place, Job, Worker], None]
 Account = dict[str, int]
 _LONGEST_LIFE_S = 0.1  # between two kills; a fill of two writers takes a few times that
 _KILLS_PER_CACHE = 8
@@ -52,9 +53,16 @@ class Tortured:
         return {**asdict(self), "survived": self.survived}
 
 
-def torture_cache(folder: Path, *, kills: int, seed: int) -> Tortured:
-    """Fill caches with the program's own writers until ``kills`` of them have been killed."""
-    return _torture(folder, fill_cache, _look_at_cache, kills=kills, seed=seed)
+def torture_cache(
+    folder: Path, *, kills: int, seed: int, bucket: str | None = None, longest_life_s: float = _LONGEST_LIFE_S
+) -> Tortured:
+    """Fill caches with the program's own writers until ``kills`` of them have been killed.
+
+    The caches lie in ``folder``, or below the URL ``bucket``.
+    """
+    return _torture(
+        folder, fill_cache, _look_at_cache, kills=kills, seed=seed, bucket=bucket, longest_life_s=longest_life_s
+    )
 
 
 def torture_naive(folder: Path, *, kills: int, seed: int) -> Tortured:
@@ -83,19 +91,33 @@ def in_child(work: Callable[[], object]) -> int:
         os._exit(code)
 
 
-def _torture(folder: Path, fill: Fill, look: Callable[[Path, Job, Path], None], *, kills: int, seed: int) -> Tortured:
+def _torture(
+    folder: Path,
+    fill: Fill,
+    look: Callable[[Place, Job, Path], None],
+    *,
+    kills: int,
+    seed: int,
+    bucket: str | None = None,
+    longest_life_s: float = _LONGEST_LIFE_S,
+) -> Tortured:
     rng = random.Random(seed)
     job = Job.make(num_rows=96)
     totals = dict.fromkeys(("caches", "kills", "writers", "failed"), 0)
     account: Account = dict.fromkeys(("rows", "lost", "doubled", "silent", "torn", "problems"), 0)
     folder.mkdir()
     while totals["kills"] < kills:
-        root, result = folder / f"{totals['caches']}", folder / f"{totals['caches']}.json"
+        result = folder / f"{totals['caches']}.json"
+        root: Any = f"{bucket}/{totals['caches']}" if bucket else folder / f"{totals['caches']}"
         # In every second cache both writers want all units in the same order, so that each unit is raced for.
         shared = totals["caches"] % 2 == 1
         workers = [Worker()] * 2 if shared else [Worker(index=index, count=2) for index in range(2)]
         ended = _kill_until_done(
-            root, job, fill, workers, kills=min(_KILLS_PER_CACHE, kills - totals["kills"]), rng=rng
+            lambda worker, root=root: fill(root, job, worker),
+            workers,
+            kills=min(_KILLS_PER_CACHE, kills - totals["kills"]),
+            longest_life_s=longest_life_s,
+            rng=rng,
         )
         for name, number in ended.items():
             totals[name] += number
@@ -110,18 +132,18 @@ def _torture(folder: Path, fill: Fill, look: Callable[[Path, Job, Path], None], 
 
 
 def _kill_until_done(
-    root: Path, job: Job, fill: Fill, workers: list[Worker], *, kills: int, rng: random.Random
+    work: Callable[[Worker], None], workers: list[Worker], *, kills: int, longest_life_s: float, rng: random.Random
 ) -> dict[str, int]:
     """Both writers at once; one of them, or both, dies at a random moment and is started again."""
 
     def start(worker: Worker) -> int:
-        return in_child(lambda: fill(root, job, worker))
+        return in_child(lambda: work(worker))
 
     alive = {start(worker): worker for worker in workers}
     figures = {"kills": 0, "writers": len(alive), "failed": 0}
     while alive:
         stuck = figures["kills"] >= kills  # when the kills are over and nobody ends for so long
-        ended = _first_to_end(set(alive), within=_STUCK_S if stuck else rng.uniform(0, _LONGEST_LIFE_S))
+        ended = first_to_end(set(alive), within=_STUCK_S if stuck else rng.uniform(0, longest_life_s))
         if ended is not None:
             child, status = ended
             del alive[child]
@@ -141,7 +163,7 @@ def _kill_until_done(
     return figures
 
 
-def _first_to_end(children: set[int], *, within: float) -> tuple[int, int] | None:
+def first_to_end(children: set[int], *, within: float) -> tuple[int, int] | None:
     """(process, status) of a child that ended within so many seconds, or None."""
     until = time.monotonic() + within
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
@@ -159,12 +181,12 @@ def _first_to_end(children: set[int], *, within: float) -> tuple[int, int] | Non
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
 
 
-def _look_at_cache(root: Path, job: Job, result: Path) -> None:
+def _look_at_cache(root: Place, job: Job, result: Path) -> None:
     problems = verify(root).problems
     for item in problems:
         print(f"{root}: {item.file}: {item.text}", file=sys.stderr)
     result.write_text(json.dumps({**asdict(account_of_cache(root, job)), "problems": len(problems)}))
 
 
-def _look_at_naive(root: Path, job: Job, result: Path) -> None:
+def _look_at_naive(root: Place, job: Job, result: Path) -> None:
     result.write_text(json.dumps(asdict(account_of_naive(root, job))))

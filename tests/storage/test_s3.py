@@ -60,7 +60,7 @@ def test_what_is_filled_reads_back(url: str, tmp_path: Path, teacher: Any, plan:
     assert remote.projection.sha256 == local.projection.sha256
     copy = pickle.loads(pickle.dumps(remote))
     assert copy.sequences(copy.commits[0], "train")[0].prompt.source == "general.jsonl:0"
-    names = bucket_of(url).names("shards")
+    names = list(bucket_of(url).sizes("shards"))
     assert names == sorted(commit.shard for commit in remote.commits)
 
 
@@ -101,7 +101,7 @@ def test_four_writers_on_the_same_units_leave_one_winner_each(url: str, teacher:
     assert all(result == results[0] for result in results)
     reader = CacheReader.open(url)
     assert [commit.nonce for commit in reader.commits] == results[0]
-    assert len(bucket_of(url).names("shards")) == len(reader.commits)
+    assert len(bucket_of(url).sizes("shards")) == len(reader.commits)
     assert verify(url).ok
 
 
@@ -156,7 +156,7 @@ def test_a_store_that_dies_during_a_fill(
     fill(url, teacher, plan)
     assert list(CacheReader.open(url).commits[:2]) == before
     assert verify(url).ok
-    assert len(bucket_of(url).names("shards")) == 5
+    assert len(bucket_of(url).sizes("shards")) == 5
 
 
 def test_a_short_outage_is_waited_out(url: str, server: Any, teacher: Any, plan: Plan) -> None:
@@ -245,7 +245,7 @@ def test_large_shards_go_up_in_parts(url: str, tmp_path: Path) -> None:
     assert not path.exists()
     bucket.remove("shards/00000-large.parquet")
     bucket.remove("shards/00000-large.parquet")
-    assert bucket.names("shards") == []
+    assert bucket.sizes("shards") == {}
     with pytest.raises(FileNotFoundError), bucket.read_back("shards/00000-large.parquet"):
         pass
 
@@ -282,4 +282,19 @@ def test_other_bytes_in_the_store_are_found_and_repaired(url: str, tmp_path: Pat
     fill(url, teacher, plan)
     after = verify(url)
     assert (after.ok, after.generation, after.num_rows) == (True, 2, 16)
-    assert broken.shard not in bucket_of(url).names("shards")
+    assert broken.shard not in bucket_of(url).sizes("shards")
+
+
+def test_a_shard_that_is_gone_or_another_is_found_by_a_listing(
+    url: str, tmp_path: Path, teacher: Any, plan: Plan
+) -> None:
+    fill(url, teacher, plan)
+    reader = CacheReader.open(url)
+    reader.require_shards()
+    (tmp_path / "short").write_bytes(b"PAR1")
+    bucket_of(url).upload(reader.commits[1].shard, tmp_path / "short")
+    with pytest.raises(CorruptionError, match=f"unit 00001: {url}/shards/.* has 4 bytes, its record says"):
+        CacheReader.open(url).require_shards()
+    bucket_of(url).remove(reader.commits[1].shard)
+    with pytest.raises(CorruptionError, match=f"unit 00001: {url}/shards/.* is missing"):
+        CacheReader.open(url).require_shards()
