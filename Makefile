@@ -44,7 +44,7 @@ tests: setup
 docs: setup
 	$(BIN)/zensical build --strict --clean
 
-# Some minutes: 500 kills of writers, 1000 flipped bits in each kind of file (docs/faults.md).
+# Ten minutes or more: kills, races, failing requests, flipped bits, mutated files (docs/faults.md).
 torture: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.faults --kills 500 --flips 1000 --json runs/faults.json
 

@@ -15,9 +15,11 @@ from distill.commands import (
     diff,
     doctor,
     export,
+    gc,
     init,
     inspect,
     launch,
+    plan,
     report,
     sql,
     status,
@@ -35,6 +37,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("init")(init.command)
+app.command("plan")(plan.command)
 app.command("cache-teacher")(cache_teacher.command)
 app.command("train")(train.command)
 app.command("eval")(evaluate.command)
@@ -42,6 +45,7 @@ app.command("export")(export.command)
 app.command("inspect")(inspect.command)
 app.command("verify")(verify.command)
 app.command("status")(status.command)
+app.command("gc")(gc.command)
 app.command("diff")(diff.command)
 app.command("doctor")(doctor.command)
 app.command("launch")(launch.command)

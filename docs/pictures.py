@@ -24,7 +24,7 @@ svg { font-family: system-ui, "Noto Sans", sans-serif; --ink: #1c2024; --line: #
 def write_pictures(cache: Path, folder: Path) -> list[Path]:
     """The pictures of ``cache`` in ``folder``; their paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = {chart.title: chart.svg for chart in cache_page(cache).charts}
+    drawn = {chart.title: chart.drawing.svg() for chart in cache_page(cache).charts}
     paths = []
     for title, name in NAMES.items():
         head, rest = drawn[title].split(">", 1)

@@ -115,7 +115,8 @@ def test_a_stage_begins_where_the_one_before_ended(cache: Path, student: Path, t
     ("options", "code", "says"),
     [
         (("--set", "stages.1.temperature=3"), 4, "4, 2, 1"),
-        (("--set", "stages.1.weights.attention=0.5"), 2, "not available"),
+        (("--set", "stages.1.weights.attention=0.5"), 4, "no queries and keys"),
+        (("--set", "stages.1.tail=sampled"), 4, "no ids drawn"),
         (("--set", "stages.1.weigths.kl=1"), 2, "did you mean 'weights'"),
         (("--set", "general=law"), 3, "general, medical"),
         (("--set", "lora.target_modules=[nothing]", "--tune", "lora"), 2, "nothing"),

@@ -1,64 +1,152 @@
 """``distill eval``."""
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from distill.commands.options import Config, Json, Set, configuration, print_json
+from distill.commands.options import Config, Json, Set, configuration, one_or_many, print_json
+from distill.errors import UsageError
 
 
 def command(
     *,
-    cache: Annotated[str | None, typer.Option(help="Folder of the cache.")] = None,
+    cache: Annotated[list[str] | None, typer.Option(help="Folder of the cache; repeatable, for several.")] = None,
     student: Annotated[str | None, typer.Option(help="Checkpoint (RUN/stage1/best), model folder or hub name.")] = None,
     group_by: Annotated[str | None, typer.Option(help="Also by the values of this metadata key.")] = None,
+    choices: Annotated[
+        list[Path] | None, typer.Option(help="Multiple-choice questions, .jsonl or .csv; repeatable.")
+    ] = None,
+    lm_eval: Annotated[str | None, typer.Option("--lm-eval", help="Comma-separated tasks of lm-eval.")] = None,
+    lm_eval_tasks: Annotated[Path | None, typer.Option(help="Folder of further tasks as lm-eval's YAML files.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions of each lm-eval task.")] = None,
     precision: Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16.")] = None,
     allow_incomplete: Annotated[bool | None, typer.Option("--allow-incomplete", help="Use an unsealed cache.")] = None,
     config: Config = None,
     settings: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Measure a student against the cached teacher on the held-out rows; the teacher is not needed.
+    """Measure a student against the cached teacher on the held-out rows, on multiple choices and on lm-eval's tasks.
 
-    Example: distill eval --cache cache --student run/stage3/best --group-by department
+    Example: distill eval --cache cache --student run/stage3/best --choices medqa.jsonl. The teacher is not needed. With
+    --choices or --lm-eval the cache may be left away; held-out rows are then not measured.
     """
-    from dataclasses import asdict
-
     from distill.config import TrainConfig
-    from distill.student.evaluate import evaluate_model
 
+    if (lm_eval_tasks or limit) and not lm_eval:
+        raise UsageError("--lm-eval-tasks and --limit say how --lm-eval works. Name tasks with --lm-eval TASK,….")
+    with_cache = cache is not None or not (choices or lm_eval)
     values = {
-        "cache": cache,
+        "cache": one_or_many(cache) if with_cache else ".",
         "student": student,
         "out": ".",  # a configuration of training has one; nothing is written
         "precision": precision,
         "allow_incomplete": allow_incomplete,
     }
     resolved = configuration(TrainConfig, "train", config, values, settings)
-    evaluation = asdict(evaluate_model(resolved, group_by=group_by))
+    tasks = [task.strip() for task in (lm_eval or "").split(",") if task.strip()]
+    result = _measured(
+        resolved,
+        choices=choices or [],
+        group_by=group_by,
+        with_cache=with_cache,
+        lm_eval={"tasks": tasks, "folder": lm_eval_tasks, "limit": limit} if tasks else {},
+    )
     if as_json:
-        print_json({"student": resolved.student, "cache": resolved.cache, "group_by": group_by, **evaluation})
+        about = {"cache": resolved.cache, "group_by": group_by} if with_cache else {}
+        print_json({"student": resolved.student, **about, **result})
     else:
-        _render(resolved.student, evaluation, group_by)
+        _render(resolved.student, result, group_by)
 
 
-def _render(student: str, evaluation: dict[str, Any], group_by: str | None) -> None:
+def _measured(
+    config: Any, *, choices: list[Path], group_by: str | None, with_cache: bool, lm_eval: dict[str, Any]
+) -> dict[str, Any]:
+    """Figures as plain values; the model is loaded once, after all that can be refused without it."""
+    from dataclasses import asdict
+
+    from distill.cache.join import open_caches
+    from distill.student.benchmarks import require_lm_eval, run_tasks
+    from distill.student.choices import read_questions, score_choices
+    from distill.student.evaluate import Subject, held_out_figures
+
+    questions = {str(path): read_questions(path) for path in choices}
+    if lm_eval:
+        require_lm_eval()
+    reader = open_caches(config.caches, allow_incomplete=config.allow_incomplete) if with_cache else None
+    subject = Subject.load(config, reader=reader)
+    result: dict[str, Any] = {}
+    if reader is not None:
+        result |= asdict(held_out_figures(subject.student, reader, config, group_by=group_by))
+    budget = {"token_budget": config.micro_batch_tokens, "head_chunk": config.head_chunk}
+    scored = {
+        path: asdict(score_choices(subject.student, subject.tokenizer, asked, **budget))
+        for path, asked in questions.items()
+    }
+    if scored:
+        result["choices"] = scored
+    if lm_eval:
+        result["lm_eval"] = [asdict(task) for task in run_tasks(subject.student, subject.tokenizer, **lm_eval)]
+    return result
+
+
+def _render(student: str, result: dict[str, Any], group_by: str | None) -> None:
     from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
 
+    console = Console(highlight=False)
+    if "overall" in result:
+        console.print(_held_out_table(student, result, group_by))
+    for path, figures in result.get("choices", {}).items():
+        console.print(_choices_table(path, figures))
+    if "lm_eval" in result:
+        console.print(_tasks_table(result["lm_eval"]))
+
+
+def _held_out_table(student: str, evaluation: dict[str, Any], group_by: str | None) -> Any:
     temperatures = list(evaluation["overall"]["kl"])
-    title = f"{student} against the teacher, held out ({evaluation['tail']} tail)"
-    table = Table(title=Text(title), title_justify="left")
     names = [f"KL T={temperature:g}" for temperature in temperatures]
-    for name in ("", *names, "CE", "perplexity", "top-1", "top-5", "calibr.", "tokens"):
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    table = _table(
+        f"{student} against the teacher, held out ({evaluation['tail']} tail)",
+        ["", *names, "CE", "perplexity", "top-1", "top-5", "calibr.", "tokens"],
+    )
     rows = [*evaluation["domains"].items()]
     rows += [(f"{group_by}: {group}", figures) for group, figures in evaluation["groups"].items()]
     for name, figures in [*rows, ("all", evaluation["overall"])]:
         cells = [f"{figures['kl'][temperature]:.4f}" for temperature in temperatures]
         cells += [f"{figures['ce']:.4f}", f"{figures['perplexity']:.4g}"]
         cells += [f"{figures[key]:.1%}" for key in ("top1_agreement", "top5_agreement", "ece")]
-        label = "".join(character if character.isprintable() else "�" for character in name)
-        table.add_row(Text(label), *cells, f"{figures['num_tokens']:,}")
-    Console(highlight=False).print(table)
+        table.add_row(_plain(name), *cells, f"{figures['num_tokens']:,}")
+    return table
+
+
+def _choices_table(path: str, result: dict[str, Any]) -> Any:
+    measures = ("accuracy", "precision", "recall", "f1")
+    table = _table(f"{path}, chosen by likelihood", ["", *measures, "questions"])
+    for name, key in (("plain", "plain"), ("by length", "normalised")):
+        figures = result[key]
+        table.add_row(name, *(f"{figures[measure]:.1%}" for measure in measures), f"{figures['num_questions']:,}")
+    return table
+
+
+def _tasks_table(tasks: list[dict[str, Any]]) -> Any:
+    table = _table("lm-eval", ["", "measure", "value", "± error"])
+    for task in tasks:
+        for measure, value in task["values"].items():
+            error = task["errors"].get(measure)
+            table.add_row(_plain(task["task"]), measure, f"{value:.4f}", "" if error is None else f"{error:.4f}")
+    return table
+
+
+def _table(title: str, header: list[str]) -> Any:
+    from rich.table import Table
+
+    table = Table(title=_plain(title), title_justify="left")
+    for name in header:
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    return table
+
+
+def _plain(text: str) -> Any:
+    from rich.text import Text
+
+    return Text("".join(character if character.isprintable() else "�" for character in text))

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from distill.commands.options import Json, print_json
 from distill.errors import StorageError, UsageError
 
 PRESETS = ("qwen72b-to-7b", "qwen3-32b-to-4b", "tiny-cpu")
@@ -15,12 +16,16 @@ def command(
     *,
     preset: Annotated[str, typer.Option(help=f"{', '.join(PRESETS)}.")] = PRESETS[0],
     out: Annotated[Path | None, typer.Option(help="The file; by default the preset's name in this folder.")] = None,
+    as_json: Json = False,
 ) -> None:
     """Write a commented configuration to begin with.
 
     Example: distill init --preset tiny-cpu --out job.yaml
     """
     path = write_preset(preset, out)
+    if as_json:
+        print_json({"path": str(path), "preset": preset})
+        return
     print(f"{path}: name your data in it, then run `distill cache-teacher --config {path}`.")
 
 

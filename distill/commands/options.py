@@ -1,6 +1,10 @@
 """Options that several commands share, and how options, ``--set`` and a file become one configuration."""
 
+import functools
+import inspect
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,6 +34,31 @@ def configuration(
         key, text = pair(item, "--set", "VALUE")
         values = _merged(values, _nested(key.split("."), _yaml_value(text)))
     return validated(model, values, origin=str(path) if path else f"distill {section}")
+
+
+def with_options_of(read: Callable[..., Any], **defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command the options of ``read`` beside its own; what ``read`` makes of them is its first argument.
+
+    ``defaults`` stand in for those of ``read``.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        theirs = [
+            parameter.replace(default=defaults.get(name, parameter.default))
+            for name, parameter in inspect.signature(read).parameters.items()
+        ]
+        own = list(inspect.signature(command).parameters.values())[1:]
+
+        @functools.wraps(command)
+        def both(**values: Any) -> None:
+            command(read(**{parameter.name: values.pop(parameter.name) for parameter in theirs}), **values)
+
+        # What typer reads. The first argument is no option, and its type may not be loaded yet.
+        both.__signature__ = inspect.Signature([*theirs, *own])  # type: ignore[attr-defined]
+        both.__annotations__ = {parameter.name: parameter.annotation for parameter in (*theirs, *own)}
+        return both
+
+    return decorate
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -68,6 +97,19 @@ def pair(item: str, option: str, what: str) -> tuple[str, str]:
     return key, value
 
 
+def one_or_many(values: list[str] | None) -> str | list[str] | None:
+    """A repeatable option as the configuration has it: one value plainly, several as a list."""
+    return values[0] if values and len(values) == 1 else values or None
+
+
 def print_json(value: dict[str, Any]) -> None:
-    """A command's result for machines."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    """A command's result for machines, as ``schemas/commands/`` has it; null stands for numbers that JSON lacks."""
+    print(json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -14,7 +14,7 @@ def command(
     out: Annotated[Path, typer.Option(help="The HTML file.")] = Path("report.html"),
     as_json: Json = False,
 ) -> None:
-    """Write charts and tables about a cache or a run into one HTML file that needs no network.
+    """Write charts, tables and single tokens into one HTML file that needs no network, and the charts as PNG files.
 
     Example: distill report cache --out cache.html
     """
@@ -25,3 +25,4 @@ def command(
         print_json(report.as_dict())
     else:
         print(f"{report.path}: {report.num_charts} charts about the {report.about}, {report.num_bytes / 1000:,.0f} kB.")
+        print(f"The same charts as PNG files: {report.pictures}")

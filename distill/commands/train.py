@@ -5,16 +5,19 @@ from typing import Annotated
 
 import typer
 
-from distill.commands.options import Config, Json, Quiet, Set, configuration, print_json
+from distill.commands.options import Config, Json, Quiet, Set, configuration, one_or_many, print_json
 from distill.errors import UsageError
 
 
 def command(
     *,
     stage: Annotated[str, typer.Option(help="1, 2, 3, or a range such as 1-3.")],
-    cache: Annotated[str | None, typer.Option(help="Folder of the cache.")] = None,
+    cache: Annotated[list[str] | None, typer.Option(help="Folder of the cache; repeatable, for several.")] = None,
     student: Annotated[str | None, typer.Option(help="Model folder or hub name.")] = None,
-    student_layers: Annotated[int | None, typer.Option(help="Keep this many evenly spaced layers.")] = None,
+    student_layers: Annotated[int | None, typer.Option(help="Keep this many of its layers.")] = None,
+    layer_choice: Annotated[
+        str | None, typer.Option(help="even (default), or loss: those that it can least do without.")
+    ] = None,
     out: Annotated[str | None, typer.Option(help="Folder of the run.")] = None,
     start: Annotated[Path | None, typer.Option("--from", help="Checkpoint to start from.")] = None,
     tune: Annotated[str | None, typer.Option(help="lora (default) or full.")] = None,
@@ -32,12 +35,14 @@ def command(
     resumes, or recognises a finished stage.
     """
     from distill.config import TrainConfig
+    from distill.student.ranks import leave
     from distill.student.trainer import train_stage
 
     values = {
-        "cache": cache,
+        "cache": one_or_many(cache),
         "student": student,
         "student_layers": student_layers,
+        "layer_choice": layer_choice,
         "out": out,
         "tune": tune,
         "precision": precision,
@@ -49,6 +54,8 @@ def command(
     for number in _stages(stage):
         results.append(train_stage(resolved, number, start=start, quiet=quiet))
         start = None
+    if not leave():
+        return
     if as_json:
         print_json({"stages": [result.as_dict() for result in results]})
         return

@@ -10,10 +10,13 @@ from distill.cache.reader import CacheReader
 from distill.report.charts import Chart, Line, bars, grouped_bars, histograms, lines
 from distill.report.distributions import Distributions, sample
 from distill.report.inspect import InspectReport, inspect
+from distill.report.pace import Pace, pace_of
 from distill.report.page import Page, Table
+from distill.report.tokens import cache_views
 
 _TARGETS = {"low_rank": "low-rank tail", "bucket": "uniform tail", "renormalised": "renormalised top-k"}
 _MOST_BARS = 8
+_UNITS = (("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0))
 
 
 def cache_page(path: str | Path) -> Page:
@@ -23,13 +26,15 @@ def cache_page(path: str | Path) -> Page:
     matplotlib.
     """
     report = inspect(path)
-    found = sample(CacheReader.open(path, allow_incomplete=True))
+    reader = CacheReader.open(path, allow_incomplete=True)
+    found, pace = sample(reader), pace_of(reader)
     state = "sealed" if report.sealed else f"incomplete: {report.num_committed} of {report.num_units} units committed"
     return Page(
         title=f"Cache of {_name(str(report.recorded['teacher']))}",
         subtitle=f"{report.path} · {state}",
         facts=_facts(report),
-        charts=tuple(_charts(report, found)),
+        charts=(*_charts(report, found), *([_pace(pace)] if pace else [])),
+        views=cache_views(reader),
         tables=(_counts(report), _identity(report), _recorded(report)),
         foot=f"Made by distill {__version__}. Curves and histograms are over {found.num_targets:,} targets of "
         f"{found.num_sampled_units} units.",
@@ -88,7 +93,7 @@ def _mass(report: InspectReport, found: Distributions) -> Chart:
     return Chart(
         title="Teacher's mass inside its k likeliest ids",
         caption="What a cache of the top-k alone would hold. The rest is the tail, whose mass is stored exactly.",
-        svg=lines(drawn, labels=("k", "mass"), xscale="log", xticks=ticks, ylim=(0, 1.02)),
+        drawing=lines(drawn, labels=("k", "mass"), xscale="log", xticks=ticks, ylim=(0, 1.02)),
         header=("k", *(f"T={temperature:g}" for temperature in temperatures)),
         rows=tuple((str(k), *(f"{mass:.3f}" for mass in found.mass_TK[:, k - 1])) for k in kept),
     )
@@ -102,7 +107,7 @@ def _fidelity(report: InspectReport) -> Chart:
         title="Distance of the targets to the teacher",
         caption=f"Mean total variation over {report.num_fidelity_positions:,} held-out positions: 0 is the teacher "
         "itself, 1 has nothing in common with it. Students train on the low-rank tail unless told otherwise.",
-        svg=grouped_bars(groups, values, labels=("temperature", "total variation")),
+        drawing=grouped_bars(groups, values, labels=("temperature", "total variation")),
         header=("", *groups),
         rows=tuple((name, *(f"{value:.4f}" for value in heights)) for name, heights in values.items()),
     )
@@ -114,7 +119,7 @@ def _entropy(found: Distributions) -> Chart:
         title="Where the teacher is sure",
         caption="Entropy of its next token at T=1, over trained targets. Near 0 it knows; there the hard label says it "
         "all.",
-        svg=histograms(filled, labels=("entropy, nats", "share of targets")),
+        drawing=histograms(filled, labels=("entropy, nats", "share of targets")),
         header=("domain", "mean", "median", "95% below"),
         rows=tuple(
             (domain, *(f"{number:.3f}" for number in (values.mean(), *np.quantile(values, (0.5, 0.95)))))
@@ -127,7 +132,7 @@ def _lengths(found: Distributions) -> Chart:
     return Chart(
         title="Length of sequences",
         caption="Tokens, prompt and answer together. Training cuts them at its own max_length.",
-        svg=histograms(found.lengths, labels=("tokens", "share of sequences")),
+        drawing=histograms(found.lengths, labels=("tokens", "share of sequences")),
         header=("domain", "median", "95% below", "longest"),
         rows=tuple(
             (domain, *(f"{number:,.0f}" for number in (*np.quantile(values, (0.5, 0.95)), values.max())))
@@ -144,7 +149,7 @@ def _bytes(report: InspectReport) -> Chart:
     return Chart(
         title="Bytes per target, by column",
         caption="Compressed, as on disk.",
-        svg=bars(shown, label="bytes"),
+        drawing=bars(shown, label="bytes"),
         header=("column", "bytes"),
         rows=tuple((name, f"{size:.2f}") for name, size in sizes),
     )
@@ -154,9 +159,34 @@ def _rejects(found: Distributions) -> Chart:
     return Chart(
         title="Rejected input rows, by reason",
         caption="N stands for a number. The folder rejects/ names file and line of each.",
-        svg=bars(found.rejects[:_MOST_BARS], label="rows"),
+        drawing=bars(found.rejects[:_MOST_BARS], label="rows"),
         header=("reason", "rows"),
         rows=tuple((reason, f"{count:,}") for reason, count in found.rejects),
+    )
+
+
+def _pace(pace: Pace) -> Chart:
+    unit, length = next((unit for unit in _UNITS if pace.seconds >= 2 * unit[1]), _UNITS[-1])
+    return Chart(
+        title="Throughput while the cache was made",
+        caption="Targets committed in a second by all writers together, pauses included. By the modification times of "
+        "the commit records; the first unit is left out, as nothing says when it began.",
+        drawing=lines(
+            [Line(label="", parts=[(pace.middles / length, pace.rates)], colour=0)],
+            labels=(f"{unit} after the first commit", "targets/s"),
+            marked=True,
+            ylim=(0, 1.1 * float(pace.rates.max())),
+        ),
+        header=("targets", unit, "mean targets/s", "fastest", "slowest"),
+        rows=(
+            (
+                f"{pace.num_targets:,}",
+                f"{pace.seconds / length:.3g}",
+                f"{pace.num_targets / pace.seconds:,.1f}",
+                f"{pace.rates.max():,.1f}",
+                f"{pace.rates.min():,.1f}",
+            ),
+        ),
     )
 
 

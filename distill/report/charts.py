@@ -1,7 +1,7 @@
-"""Numbers flow in, charts as SVG text flow out, in the colours of the page that they stand on.
+"""Numbers flow in, drawings flow out: SVG text in the colours of the page that they stand on, and PNG files.
 
-matplotlib draws with stand-in colours; each becomes a CSS variable, so one drawing serves a light and a dark page. Text
-stays text: it can be selected, searched, and takes the page's font.
+matplotlib draws an SVG with stand-in colours; each becomes a CSS variable, so one drawing serves a light and a dark
+page. Text stays text: it can be selected, searched, and takes the page's font. A PNG has the colours of the light page.
 """
 
 import io
@@ -18,37 +18,73 @@ from distill.errors import UsageError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-INK, FAINT = "#0a0a01", "#0a0a02"
-SERIES = tuple(f"#0b0b{number:02x}" for number in range(1, 9))
-VARIABLES = {INK: "--ink", FAINT: "--line"} | {colour: f"--series-{i}" for i, colour in enumerate(SERIES, 1)}
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Palette:
+    """Colours of text, of lines that are no data, and of the series."""
+
+    ink: str
+    faint: str
+    series: tuple[str, ...]
+
+    def of(self, number: int) -> str:
+        """The colour of a series; after the last the first comes again."""
+        return self.series[number % len(self.series)]
+
+
+STAND_INS = Palette(ink="#0a0a01", faint="#0a0a02", series=tuple(f"#0b0b{number:02x}" for number in range(1, 9)))
+VARIABLES = {STAND_INS.ink: "--ink", STAND_INS.faint: "--line"} | {
+    colour: f"--series-{i}" for i, colour in enumerate(STAND_INS.series, 1)
+}
+LIGHT = Palette(  # as page.css has them
+    ink="#1c2024",
+    faint="#c9ced6",
+    series=("#1f6fd6", "#c8640a", "#128a5c", "#a03bb8", "#c2304d", "#6b7280", "#0e8b99", "#8a6d00"),
+)
 STYLES = ("-", "--", ":", "-.")
+MARKERS = "osD^vPX*"  # series are told apart by shape as well as by colour
+_MARKS = 6  # on a line whose points are not marked each
 _MOST_NAMED = 16  # more names would cover the lines
 _WIDE, _HIGH = 4.7, 2.9  # inches of 72 units: at 340 pixels of a phone, text is as large as it is drawn
-_SETTINGS: dict[Any, Any] = {  # matplotlib types the keys from release to release differently
-    "svg.fonttype": "none",
-    "svg.hashsalt": "distill",  # the same numbers make the same bytes
-    "text.parse_math": False,  # a domain may be called "$x$"
-    "font.size": 10,
-    "axes.edgecolor": FAINT,
-    "axes.labelcolor": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": FAINT,
-    "grid.linewidth": 0.5,
-    "text.color": INK,
-    "xtick.color": FAINT,
-    "ytick.color": FAINT,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    "legend.handlelength": 1.6,
-    "lines.linewidth": 1.6,
-    "figure.constrained_layout.use": True,
-}
+_DOTS = 200  # to the inch of a PNG
+_FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "Noto Sans")  # those that exist
+Draw = Callable[["Axes", Palette], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drawing:
+    """What draws itself into matplotlib's axes. Both methods raise UsageError without matplotlib."""
+
+    draw: Draw
+    high: float = _HIGH  # inches
+
+    def svg(self) -> str:
+        """The bare element for a page; the same numbers make the same text."""
+        buffer = io.StringIO()
+        settings = _settings(STAND_INS) | {"svg.fonttype": "none", "svg.hashsalt": "distill"}
+        self._save(buffer, STAND_INS, settings, format="svg", transparent=True, metadata={"Date": None})
+        return _on_page(buffer.getvalue())
+
+    def png(self, title: str) -> bytes:
+        """A file for slides and papers, with its title on it: 940 pixels wide."""
+        buffer = io.BytesIO()
+        settings = _settings(LIGHT) | {"font.family": _fonts()}
+        self._save(buffer, LIGHT, settings, title=title, format="png", dpi=_DOTS)
+        return buffer.getvalue()
+
+    def _save(self, out: Any, palette: Palette, settings: dict[Any, Any], *, title: str = "", **options: Any) -> None:
+        rc_context, figure_of = _matplotlib()
+        with rc_context(settings), warnings.catch_warnings():
+            # On a page the browser brings the glyphs; in a PNG a machine without such a font shows boxes.
+            warnings.filterwarnings("ignore", message="Glyph .* missing from")
+            figure = figure_of(figsize=(_WIDE, self.high))
+            axes = figure.subplots()
+            self.draw(axes, palette)
+            if title:
+                figure.suptitle(title, fontsize=11, fontweight="bold")
+            figure.savefig(out, **options)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +93,7 @@ class Chart:
 
     title: str
     caption: str
-    svg: str
+    drawing: Drawing
     header: tuple[str, ...] = ()
     rows: tuple[tuple[str, ...], ...] = ()
 
@@ -79,81 +115,85 @@ def lines(
     marked: bool = False,
     boundaries: Sequence[float] = (),
     **axes: Any,
-) -> str:
+) -> Drawing:
     """A line chart. ``labels`` name the axes, ``boundaries`` are vertical lines, ``axes`` go to ``Axes.set``."""
 
-    def draw(ax: "Axes") -> None:
+    def draw(ax: "Axes", palette: Palette) -> None:
         for line in drawn:
+            marker = MARKERS[line.colour % len(MARKERS)] if line.style == 0 else None  # dashes speak for themselves
             for number, (x, y) in enumerate(line.parts):
                 ax.plot(
                     x,
                     y,
-                    color=SERIES[line.colour % len(SERIES)],
+                    color=palette.of(line.colour),
                     linestyle=STYLES[line.style % len(STYLES)],
-                    marker="o" if marked or np.size(x) == 1 else None,
+                    marker=marker if marked or len(drawn) > 1 or np.size(x) == 1 else None,
+                    markevery=1 if marked else max(1, np.size(x) // _MARKS),
                     markersize=3.5,
                     label=line.label if number == 0 else None,
                 )
         for boundary in boundaries:
-            ax.axvline(boundary, color=INK, linewidth=0.8, linestyle=":")
+            ax.axvline(boundary, color=palette.ink, linewidth=0.8, linestyle=":")
         ax.set(xlabel=labels[0], ylabel=labels[1], **axes)
         _plain_numbers(ax)
         if any(line.label for line in drawn) and len(drawn) <= _MOST_NAMED:
             ax.legend()
 
-    return _svg(draw)
+    return Drawing(draw=draw)
 
 
-def histograms(values: Mapping[str, ArrayLike], *, labels: tuple[str, str], num_bins: int = 40) -> str:
+def histograms(values: Mapping[str, ArrayLike], *, labels: tuple[str, str], num_bins: int = 40) -> Drawing:
     """One outline for each name, as shares of its own values."""
     arrays = {name: np.asarray(array, np.float64) for name, array in values.items() if np.size(array)}
 
-    def draw(ax: "Axes") -> None:
+    def draw(ax: "Axes", palette: Palette) -> None:
         top = max((array.max() for array in arrays.values()), default=1.0)
         bottom = min((array.min() for array in arrays.values()), default=0.0)
-        edges = np.linspace(bottom, max(top, bottom + 1e-6), num_bins + 1)
+        if top == bottom:
+            bottom, top = bottom - 0.5, top + 0.5
+        edges = np.linspace(bottom, top, num_bins + 1)
         for number, (name, array) in enumerate(arrays.items()):
             shares = np.histogram(array, edges)[0] / len(array)
-            colour = SERIES[number % len(SERIES)]
-            ax.stairs(shares, edges, color=colour, linewidth=1.6, label=name)
+            colour = palette.of(number)
+            ax.stairs(shares, edges, color=colour, linewidth=1.6, linestyle=STYLES[number % len(STYLES)], label=name)
             ax.stairs(shares, edges, color=colour, fill=True, alpha=0.15)
         ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         ax.set(xlabel=labels[0], ylabel=labels[1], ylim=(0, None))
         if len(arrays) <= _MOST_NAMED:
             ax.legend()
 
-    return _svg(draw)
+    return Drawing(draw=draw)
 
 
 def grouped_bars(
     groups: Sequence[str], values: Mapping[str, Sequence[float | None]], *, labels: tuple[str, str]
-) -> str:
+) -> Drawing:
     """Bars side by side for each of ``groups``; None leaves a gap."""
 
-    def draw(ax: "Axes") -> None:
+    def draw(ax: "Axes", palette: Palette) -> None:
         width = 0.8 / max(len(values), 1)
         for number, (name, heights) in enumerate(values.items()):
             places = np.arange(len(groups)) - 0.4 + width * (number + 0.5)
             numbers = [0.0 if height is None else height for height in heights]
-            bars = ax.bar(places, numbers, width * 0.92, color=SERIES[number % len(SERIES)], label=name)
+            bars = ax.bar(places, numbers, width * 0.92, color=palette.of(number), label=name)
             written = ["" if height is None else f"{height:.2f}" for height in heights]
-            ax.bar_label(bars, written, fontsize=8, padding=1, color=INK)
+            ax.bar_label(bars, written, fontsize=8, padding=1, color=palette.ink)
         ax.set_xticks(range(len(groups)), list(groups))
         ax.grid(visible=False, axis="x")
         ax.set(xlabel=labels[0], ylabel=labels[1], ylim=(0, 1.3))
         ax.set_yticks([0, 0.25, 0.5, 0.75, 1])
         ax.legend(loc="upper center", ncols=len(values), columnspacing=1, handletextpad=0.4, handlelength=1)
 
-    return _svg(draw)
+    return Drawing(draw=draw)
 
 
-def bars(values: Sequence[tuple[str, float]], *, label: str) -> str:
+def bars(values: Sequence[tuple[str, float]], *, label: str) -> Drawing:
     """Lying bars, the first on top, each with its number."""
 
-    def draw(ax: "Axes") -> None:
+    def draw(ax: "Axes", palette: Palette) -> None:
         names = [name if len(name) <= 34 else name[:33] + "…" for name, _ in values]
         places = np.arange(len(values))
-        drawn = ax.barh(places, [value for _, value in values], color=SERIES[0], height=0.7)
+        drawn = ax.barh(places, [value for _, value in values], color=palette.of(0), height=0.7)
         ax.bar_label(
             drawn, [f"{value:,.3g}" if value < 1000 else f"{value:,.0f}" for _, value in values], padding=3, fontsize=9
         )
@@ -163,7 +203,7 @@ def bars(values: Sequence[tuple[str, float]], *, label: str) -> str:
         ax.margins(x=0.15)
         ax.set(xlabel=label)
 
-    return _svg(draw, high=max(1.4, 0.27 * len(values) + 0.6))
+    return Drawing(draw=draw, high=max(1.4, 0.27 * len(values) + 0.6))
 
 
 def _plain_numbers(ax: "Axes") -> None:
@@ -178,7 +218,22 @@ def _plain_numbers(ax: "Axes") -> None:
             axis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
-def _svg(draw: Callable[["Axes"], None], *, high: float = _HIGH) -> str:
+def calibration(points: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> Drawing:
+    """For each name confidence (x) against accuracy (y), both within 0 and 1, and the line where they are equal."""
+
+    def draw(ax: "Axes", palette: Palette) -> None:
+        ax.plot([0, 1], [0, 1], color=palette.ink, linewidth=0.8, linestyle=":", label="calibrated")
+        for number, (name, (x, y)) in enumerate(points.items()):
+            style = STYLES[number // len(palette.series) % len(STYLES)]
+            marker = MARKERS[number % len(MARKERS)]
+            ax.plot(x, y, color=palette.of(number), linestyle=style, marker=marker, markersize=4, label=name)
+        ax.set(xlabel="probability of its first choice", ylabel="share that came", xlim=(0, 1), ylim=(-0.02, 1.02))
+        ax.legend()
+
+    return Drawing(draw=draw, high=3.6)
+
+
+def _matplotlib() -> "tuple[Any, type[Figure]]":
     try:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
@@ -186,14 +241,39 @@ def _svg(draw: Callable[["Axes"], None], *, high: float = _HIGH) -> str:
         raise UsageError(
             "a report draws its charts with matplotlib, which is not installed. Run `pip install 'distill[report]'`."
         ) from error
-    buffer = io.StringIO()
-    with rc_context(_SETTINGS), warnings.catch_warnings():
-        # The browser brings the glyphs; matplotlib only misses them when it measures.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        figure = Figure(figsize=(_WIDE, high))
-        draw(figure.subplots())
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    return _on_page(buffer.getvalue())
+    return rc_context, Figure
+
+
+def _settings(palette: Palette) -> dict[Any, Any]:  # matplotlib types the keys from release to release differently
+    return {
+        "text.parse_math": False,  # a domain may be called "$x$"
+        "font.size": 10,
+        "axes.edgecolor": palette.faint,
+        "axes.labelcolor": palette.ink,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.color": palette.faint,
+        "grid.linewidth": 0.5,
+        "text.color": palette.ink,
+        "xtick.color": palette.faint,
+        "ytick.color": palette.faint,
+        "xtick.labelcolor": palette.ink,
+        "ytick.labelcolor": palette.ink,
+        "legend.frameon": False,
+        "legend.fontsize": 9,
+        "legend.handlelength": 1.6,
+        "lines.linewidth": 1.6,
+        "figure.constrained_layout.use": True,
+    }
+
+
+def _fonts() -> list[str]:
+    from matplotlib.font_manager import fontManager
+
+    present = {font.name for font in fontManager.ttflist}
+    return [name for name in _FONTS if name in present]
 
 
 def _on_page(text: str) -> str:

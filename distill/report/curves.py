@@ -83,7 +83,11 @@ def _lines(path: Path) -> list[dict[str, Any]]:
             line = json.loads(text)
         except ValueError:
             continue
-        if isinstance(line, dict) and line.get("kind") in ("train", "eval") and isinstance(line.get("step"), int):
+        if (
+            isinstance(line, dict)
+            and line.get("kind") in ("train", "eval", "sampling")
+            and isinstance(line.get("step"), int)
+        ):
             lines.append(line)
     return lines
 

@@ -34,7 +34,7 @@ def read_rejects(reader: CacheReader) -> list[Reject]:
         path = storage.inside(reader.root, commit.rejects)
         try:
             rejects += [Reject(**json.loads(line)) for line in storage.read(path).splitlines()]
-        except (FileNotFoundError, ValueError, TypeError) as error:
+        except (FileNotFoundError, ValueError, TypeError, RecursionError) as error:
             raise CorruptionError(
                 f"unit {commit.unit}: {path} cannot be read: {error}. Run `distill verify {reader.root}` for a list of "
                 "all that is wrong."

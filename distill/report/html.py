@@ -1,5 +1,7 @@
-"""A cache's folder or a run's flows in, one self-contained HTML file flows out."""
+"""A cache's folder or a run's flows in, one self-contained HTML file flows out, and a PNG of each chart beside it."""
 
+import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -7,16 +9,23 @@ from typing import Any
 from distill.cache import storage
 from distill.errors import DataError, UsageError
 from distill.report.cache_page import cache_page
+from distill.report.charts import Chart
 from distill.report.curves import stage_folders
 from distill.report.page import to_html
 from distill.report.run_page import run_page
 
+_OURS = re.compile(r"\d\d-[\w-]+\.png")  # files of an earlier report
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HtmlReport:
-    """The file that was written, what it is about (``cache`` or ``run``), and how much is in it."""
+    """The file that was written, what it is about (``cache`` or ``run``), and how much is in it.
+
+    ``pictures`` is the folder with the charts as PNG files.
+    """
 
     path: str
+    pictures: str
     about: str
     num_charts: int
     num_bytes: int
@@ -29,6 +38,8 @@ class HtmlReport:
 def write_report(source: str | Path, out: str | Path) -> HtmlReport:
     """Write the report about the cache, the run or the one stage at ``source`` to ``out``, over an older one.
 
+    The charts go into a folder beside it as well, ``report-charts`` for ``report.html``, as PNG files in their order.
+
     Raises DataError when ``source`` is none of them, CorruptionError when what is read of it is damaged, UsageError
     without matplotlib or when ``out`` is a folder, StorageError when the disk refuses.
     """
@@ -39,7 +50,25 @@ def write_report(source: str | Path, out: str | Path) -> HtmlReport:
     page = cache_page(source) if about == "cache" else run_page(Path(source))
     data = to_html(page).encode()
     storage.write(out, lambda file: file.write(data), need=len(data))
-    return HtmlReport(path=str(out), about=about, num_charts=len(page.charts), num_bytes=len(data))
+    pictures = out.with_name(f"{out.stem}-charts")
+    _write_pictures(pictures, page.charts)
+    return HtmlReport(
+        path=str(out), pictures=str(pictures), about=about, num_charts=len(page.charts), num_bytes=len(data)
+    )
+
+
+def _write_pictures(folder: Path, charts: Sequence[Chart]) -> None:
+    """``01-training-losses.png`` and so on; those of an earlier report that this one lacks are deleted."""
+    written = set()
+    for number, chart in enumerate(charts, 1):
+        words = re.sub(r"[^a-z0-9]+", "-", chart.title.lower().replace("'", "")).strip("-")
+        name = f"{number:02}-{words}.png"
+        data = chart.drawing.png(chart.title)
+        storage.write(folder / name, lambda file, data=data: file.write(data), need=len(data))  # type: ignore[misc]
+        written.add(name)
+    for path in folder.glob("*.png") if folder.is_dir() else ():
+        if _OURS.fullmatch(path.name) and path.name not in written:
+            storage.remove(path)
 
 
 def _kind(source: str | Path) -> str:

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from distill.cache import storage
 from distill.cache.plan import Commit
 from distill.cache.reader import CacheReader
+from distill.cache.sizes import column_bytes
 from distill.errors import CorruptionError, UsageError
 from distill.records import SequenceTargets, Split
 from distill.report.extras import open_tokenizer
@@ -135,18 +136,14 @@ def _bytes_per_token(reader: CacheReader) -> dict[str, float]:
     for commit in reader.commits:
         path = storage.inside(reader.root, commit.shard)
         try:
-            footer = pq.read_metadata(path)
-        except (OSError, pa.ArrowException) as error:
+            columns = column_bytes(pq.read_metadata(path))
+        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
             raise CorruptionError(
                 f"unit {commit.unit}: {path} cannot be read: {error}. Run `distill verify {reader.root}` for a list of "
                 "all that is wrong."
             ) from error
-        chunks = [
-            footer.row_group(i).column(j) for i in range(footer.num_row_groups) for j in range(footer.num_columns)
-        ]
-        for chunk in chunks:
-            name = chunk.path_in_schema.split(".")[0]
-            sizes[name] = sizes.get(name, 0) + chunk.total_compressed_size
+        for name, size in columns.items():
+            sizes[name] = sizes.get(name, 0) + size
     sizes["footers"] = sum(commit.num_bytes for commit in reader.commits) - sum(sizes.values())
     num_targets = sum(commit.num_targets.total for commit in reader.commits)
     return {name: size / num_targets for name, size in sizes.items()} if num_targets else {}

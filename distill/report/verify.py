@@ -186,7 +186,9 @@ def _check_manifest(findings: _Findings, plan: Plan, manifest: Manifest, commits
 def _check_files(findings: _Findings, manifest: Manifest, *, name: str) -> None:
     for file, wanted in manifest.files.items():
         try:
-            actual = file_hash(storage.inside(findings.root, file))
+            path = storage.inside(findings.root, file)
+            storage.refuse_huge(path)
+            actual = file_hash(path)
         except FileNotFoundError:
             findings.add(file, "is missing")
         except (DistillError, OSError) as error:
@@ -250,7 +252,7 @@ def _check_rejects(findings: _Findings, commit: Commit, *, record: str) -> None:
     except (StorageError, RetryError) as error:
         findings.add_error(commit.rejects, error)
         return
-    except (DistillError, OSError, ValueError) as error:
+    except (DistillError, OSError, ValueError, RecursionError) as error:
         findings.add(commit.rejects, f"cannot be read: {error}", unit=commit.unit)
         return
     if hashlib.sha256(data).hexdigest() != commit.rejects_sha256 or num_lines != commit.num_rejects:

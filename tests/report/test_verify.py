@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def flip(path: Path, position: int) -> None:
 def alter_commit(cache: Path, unit: str, **changes: Any) -> None:
     path = cache / "commits" / f"{unit}.json"
     commit = document.parse(Commit, path.read_bytes(), path=path, fix="")
-    path.write_bytes(document.render(commit.model_copy(update=changes)))
+    path.write_bytes(document.render(replace(commit, **changes)))
 
 
 def test_a_good_cache_has_no_problems(cache: Path) -> None:
@@ -96,7 +97,7 @@ def test_counts_that_do_not_add_up_are_listed(cache: Path) -> None:
     good = CacheReader.open(cache).commits[0]
     alter_commit(cache, "00000", num_input_rows=5)
     assert ("00000", "commits/00000.json") in problems(cache)
-    alter_commit(cache, "00000", num_input_rows=4, num_trained=good.num_trained.model_copy(update={"train": 1}))
+    alter_commit(cache, "00000", num_input_rows=4, num_trained=replace(good.num_trained, train=1))
     found = verify(cache).problems
     assert any("train num_trained, not 1" in problem.text for problem in found)
 

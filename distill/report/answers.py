@@ -1,0 +1,51 @@
+"""A run's folder flows in, what its student last said to each prompt flows out as a table, beside the reference.
+
+Lines of ``samples.jsonl`` that a killed process left torn are passed over.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from distill.cache import storage
+from distill.report.curves import stage_folders
+from distill.report.page import Table
+
+_CUT = 600  # characters of a text
+
+
+def answers_table(run: Path) -> Table:
+    """The answers of each stage's last evaluation; without rows where the run asked nothing."""
+    rows: list[tuple[str, ...]] = []
+    for folder in stage_folders(run):
+        lines = _lines(folder / "samples.jsonl")
+        last = max((line["step"] for line in lines), default=0)
+        for line in lines:
+            if line["step"] == last:
+                texts = (line["prompt"], line["student"], f"({line['author']}) {line['reference']}")
+                rows.append((f"{folder.name}, step {last}", line["domain"], *map(_cut, texts)))
+    return Table(
+        title="What the student says",
+        header=("", "domain", "prompt", "student", "reference"),
+        rows=tuple(rows),
+        texts=True,
+    )
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    wanted = {"prompt", "student", "author", "reference", "domain"}
+    if not path.is_file():
+        return []
+    lines = []
+    for text in storage.read(path).decode("utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int) and wanted <= line.keys():
+            lines.append({**line, **{key: str(line[key]) for key in wanted}})
+    return lines
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _CUT else text[: _CUT - 1] + "…"
