@@ -49,6 +49,15 @@ of ours. The last column names a test that provokes the error, or says why none 
 # Tests that provoke an error in a process of their own, where nothing is recorded.
 BY_PROCESS: dict[str, str] = {
     "teacher/job.py: …": "tests/teacher/test_workers.py::test_a_stopped_worker_exits_75_and_the_next_run_finishes",
+    "student/feed.py: distill.batches was given to a DataLoader with workers, each of which would yield every batch.": (
+        "tests/student/test_feed.py::test_a_data_loader_hands_batches_on_and_its_workers_are_refused"
+    ),
+    "student/ranks.py: another process of this run is gone or unreachable: ….": (
+        "tests/student/test_ranks.py::test_a_killed_run_goes_on_with_another_number_of_ranks"
+    ),
+    "student/sharding.py: … cannot be trained with parallel fsdp.": (
+        "tests/student/test_ranks.py::test_what_cannot_be_sharded_is_refused_on_all_ranks"
+    ),
 }
 # Why no test provokes an error.
 UNPROVOKED = {

@@ -202,7 +202,7 @@ def _rest_sums(
     """
     below_NV = logits_NV < least_N1
     x_NV, edge_N = logits_NV.float() - top_N1, (least_N1 - top_N1)[:, 0]
-    num_tied_N = (~below_NV).sum(1) - num
+    num_tied_N = logits_NV.shape[1] - below_NV.float().sum(1) - num  # exact: a vocabulary is below 2**24
     sums: list[Tensor] = []
     y_NV, at, mean_N = x_NV, 0.0, edge_N
     for temperature in temperatures:

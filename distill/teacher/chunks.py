@@ -12,8 +12,8 @@ import torch
 
 Part = TypeVar("Part")
 
-# A GPU is busy with this many bytes of logits; a CPU is fastest while they are in reach of its caches.
-_ENOUGH = {"cuda": 1 << 30, "cpu": 1 << 25}
+# A GPU is busy with this many bytes of logits; a CPU is fastest where products are large and its caches near.
+_ENOUGH = {"cuda": 1 << 30, "cpu": 96 << 20}
 _SHARE = 4  # of the free memory at most one part in so many
 
 

@@ -37,6 +37,10 @@ else:
     from vllm.v1.worker.gpu_worker import Worker as BaseWorker
 
 
+# Positions that are captured together: a step that writes answers has one for each, too few to be worth a pass.
+_AT_ONCE = 64
+
+
 @dataclass(slots=True, kw_only=True)
 class _Request:
     """One sequence on its way: its key, how many positions it will have, and the pieces captured so far.
@@ -64,6 +68,10 @@ class _Piece:
     stop: int
 
 
+# Final hidden states of a step [N, D], inputs of inner layers [N, D], and whose positions they are.
+_Step = tuple[torch.Tensor, dict[int, torch.Tensor], list[tuple[_Request, int, int]]]
+
+
 class CaptureWorker(BaseWorker):  # type: ignore[misc]
     """The platform's worker plus capture. Everything it adds is named ``capture_…`` or ``_capture_…``."""
 
@@ -83,6 +91,7 @@ class CaptureWorker(BaseWorker):  # type: ignore[misc]
         )
         self._capture_requests: dict[str, _Request] = {}
         self._capture_ready: list[_Request] = []
+        self._capture_steps: list[_Step] = []  # whose positions are not captured yet
         self._capture_mode = "off"
         self._capture_projector: Projector | None = None
         self._capture_moments: list[torch.Tensor] = []
@@ -135,7 +144,22 @@ class CaptureWorker(BaseWorker):  # type: ignore[misc]
         if rows:
             index = torch.from_numpy(np.concatenate(keep)).to(state.hidden_states.device, non_blocking=True)
             inputs = self._capture_inner.inputs(state, index)
-            self._capture_rows(state.hidden_states.index_select(0, index), inputs, rows)
+            self._capture_steps.append((state.hidden_states.index_select(0, index), inputs, rows))
+            for request, _, stop in rows:
+                request.done = stop
+            if sum(len(hidden_ND) for hidden_ND, _, _ in self._capture_steps) >= _AT_ONCE:
+                self._capture_flush()
+
+    def _capture_flush(self) -> None:
+        """Captures what the steps since the last time left. Every rank does so after the same step."""
+        if self._capture_steps:
+            hidden, inputs, rows = zip(*self._capture_steps, strict=True)
+            self._capture_steps.clear()
+            self._capture_rows(
+                torch.cat(hidden),
+                {layer: torch.cat([states[layer] for states in inputs]) for layer in inputs[0]},
+                [row for step in rows for row in step],
+            )
 
     def _capture_register(self, scheduled: Any) -> dict[str, int]:
         """Notes new requests; returns each scheduled request's first position in this step."""
@@ -173,8 +197,7 @@ class CaptureWorker(BaseWorker):  # type: ignore[misc]
         for request, start, stop in rows:
             request.pieces.append(_Piece(tensors=host, copied=copied, start=offset, stop=offset + stop - start))
             offset += stop - start
-            request.done = stop
-            if request.done == request.num_positions and not request.is_open:
+            if stop == request.num_positions and not request.is_open:
                 self._capture_finish(request)
 
     def _capture_finish(self, request: _Request) -> None:
@@ -228,6 +251,7 @@ class CaptureWorker(BaseWorker):  # type: ignore[misc]
         self._capture_mode = mode
         self._capture_requests.clear()
         self._capture_ready.clear()
+        self._capture_steps.clear()
         if self._capture_active:
             self._capture_chunks.measure()
         if mode == "moments" and self._capture_active:
@@ -242,11 +266,13 @@ class CaptureWorker(BaseWorker):  # type: ignore[misc]
             self._capture_projector = Projector(installed, self.device) if installed else None
             self._capture_inner.install(installed, self.device)
 
+    @torch.inference_mode()
     def capture_take(self, ended: list[tuple[int, int]]) -> bytes | None:
         """The sequences finished since the last call: ``<key>/<name>`` -> array of its positions.
 
         ``ended`` says of answers that have ended, key by key, how many positions they have.
         """
+        self._capture_flush()
         by_key = {request.key: request for request in self._capture_requests.values()}
         for key, num_positions in ended:
             if request := by_key.get(key):
@@ -273,7 +299,7 @@ class CaptureWorker(BaseWorker):  # type: ignore[misc]
         return bytes(save(arrays))
 
     def capture_take_moments(self) -> bytes | None:
-        """Count [1], sum [D] and outer product [D, D] of the phase, float64."""
+        """Count [1], sum [D] and outer product [D, D] of the phase, float64. Every sequence has been taken."""
         if not self._capture_answers:
             return None
         names = ("count", "sum", "outer")

@@ -3,6 +3,9 @@
 What a try met is decided by a proxy (see ``proxy.py``); the store behind it is real.
 """
 
+import json
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -155,3 +158,35 @@ def test_half_an_object_is_no_object(url: str, proxy: Proxy, fault: str) -> None
     proxy.plans.append(faulty.Plan(fault=fault, times=2, method="GET", part="config.json"))
     assert storage.read(storage.inside(Bucket(url.removeprefix("s3://")), "teacher/config.json")) == content
     assert len(proxy.failed) == 2
+
+
+def test_training_meets_the_same_losses_although_requests_fail(
+    url: str, proxy: Proxy, tmp_path: Path, tiny_teacher: Path
+) -> None:
+    rows = [{"instruction": f"Say river {i}.", "output": f"river {i}, river {i}!"} for i in range(12)]
+    data = tmp_path / "general.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def run(*arguments: object) -> None:
+        done = CliRunner().invoke(app, [*map(str, arguments), "--quiet", "--json"], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+
+    make = ("cache-teacher", "--teacher", tiny_teacher, "--data", f"general={data}", "--out", url)
+    options = ("--engine", "transformers", "--dtype", "float32", "--hidden-bytes", 24, "--top-k", 16)
+    run(*make, *options, *("--set", "eval_fraction=0.2", "--set", "unit_rows=4", "--set", "samples.num=0"))
+    train = ("train", "--stage", 1, "--cache", url, "--student", tiny_teacher)
+    settings = ("--set", "stages={1: {max_steps: 4, eval_every: 2}}", "--set", "samples=0")
+    run(*train, "--out", tmp_path / "calm", *settings)
+    assert proxy.failed == []
+    proxy.plans.append(faulty.Plan(fault="reset", times=10**6, chance=0.3))
+    # In a process of its own, which has none of the objects yet.
+    fresh = [sys.executable, "-m", "distill", *map(str, (*train, "--out", tmp_path / "stormy", *settings))]
+    subprocess.run(fresh, check=True)
+    assert proxy.failed
+    calm, stormy = (
+        [json.loads(line) for line in (tmp_path / name / "stage1" / "metrics.jsonl").read_text().splitlines()]
+        for name in ("calm", "stormy")
+    )
+    losses = [[row["losses"] for row in rows if row["kind"] == "train"] for rows in (calm, stormy)]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 4

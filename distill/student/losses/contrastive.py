@@ -41,7 +41,8 @@ def contrastive_loss(
     """
     student_BR, teacher_BR = _unit(student_BR), _unit(teacher_BR)
     own_B1 = (student_BR * teacher_BR).sum(1, keepdim=True) / temperature
-    others_BM = student_BR @ _unit(candidates.vectors).T / temperature
+    with torch.autocast(student_BR.device.type, enabled=False):  # which would round cosines to two digits
+        others_BM = student_BR @ _unit(candidates.vectors).T / temperature
     others_BM = others_BM.masked_fill(keys_B.unsqueeze(1) == candidates.keys, -torch.inf)
     return torch.cat([own_B1, others_BM], 1).logsumexp(1) - own_B1.squeeze(1)
 

@@ -75,7 +75,8 @@ def feature_loss(predicted_NR: Tensor, coords_NR: Tensor, weights_R: Tensor) -> 
     coordinates back to the scale of the teacher's logits. Coordinates have unit variance, so 1 is what the best
     constant reaches, and ``feature_floor`` (the quantisation noise of the targets) what a perfect student reaches.
     """
-    return (predicted_NR.float() - coords_NR.float()).square() @ weights_R
+    # A sum of products, since autocast would make a matrix product of less precision.
+    return ((predicted_NR.float() - coords_NR.float()).square() * weights_R).sum(1)
 
 
 def inner_loss(predicted_NB: Tensor, levels_NB: Tensor) -> Tensor:

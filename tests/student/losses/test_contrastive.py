@@ -86,3 +86,11 @@ def test_alone_it_goes_down_to_what_the_teachers_own_vectors_reach():
     reached = contrastive_loss(teacher_MR, teacher_MR, keys, candidates, temperature=0.1).mean().item()
     assert values[0] > 1.0
     assert values[-1] < reached + 1e-3
+
+
+def test_cosines_keep_float32_under_autocast():
+    teacher_MR, student_MR, keys = vectors(6, seed=3), vectors(6, seed=4), torch.arange(6)
+    candidates = Candidates(vectors=teacher_MR, keys=keys)
+    exact_B = contrastive_loss(student_MR, teacher_MR, keys, candidates, temperature=0.1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(contrastive_loss(student_MR, teacher_MR, keys, candidates, temperature=0.1), exact_B)

@@ -147,3 +147,15 @@ def test_a_token_has_the_mean_over_pairs_and_position_0_the_final_state_alone(pr
     torch.testing.assert_close(got_N, want_N)
     got_N.sum().backward()
     assert [bool(row.any()) for row in student[1].grad] == [False, True, True, False, True]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low_N = adapter(hidden_ND, coords_NR, inner)
+    assert low_N.dtype == torch.float32
+    torch.testing.assert_close(low_N, got_N, rtol=0.03, atol=0.03)
+
+
+def test_errors_are_summed_in_float32_under_autocast(projection):
+    predicted_NR, coords_NR = torch.randn(6, RANK), torch.randn(6, RANK)
+    weights_R = torch.from_numpy(projection.variance_R / projection.variance_R.sum())
+    exact_N = feature_loss(predicted_NR, coords_NR, weights_R)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(feature_loss(predicted_NR, coords_NR, weights_R), exact_N)
