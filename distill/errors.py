@@ -45,3 +45,7 @@ class RetryError(DistillError, RuntimeError):
     """Something died that a second run may survive: engine, store, preemption (exit 75)."""
 
     exit_code = 75
+
+
+class EngineError(RetryError):
+    """The teacher's engine died while it worked; it may be loaded again at once (exit 75)."""

@@ -48,6 +48,8 @@ class Engine(Protocol):
 
     name: str
     version: str
+    batch_option: str  # of the engine, that bounds ``batch_tokens``
+    batch_tokens: int  # tokens in one forward pass at most
     dtype: str
     kv_cache_dtype: str
 
@@ -84,7 +86,7 @@ class Engine(Protocol):
         """Sets the projection that ``capture`` applies to the final hidden states."""
 
     def capture(self, prompts: Iterable[Prompt]) -> Iterator[tuple[int, Targets]]:
-        """(ordinal of the prompt, its targets), in any order; raises RetryError when the engine dies."""
+        """(ordinal of the prompt, its targets), in any order; raises EngineError when the engine dies."""
 
     def answer(self, items: Iterable[Prompt | Question], writing: Writing) -> Iterator[Answer]:
         """Lets the teacher answer the questions among ``items``: (ordinal, answer [G], targets), in any order.

@@ -46,6 +46,7 @@ class Filled:
 
     num_units: int
     num_targets: int
+    seconds: float  # capture alone
 
 
 @dataclass(slots=True, kw_only=True)
@@ -179,7 +180,8 @@ def fill(
             rate = num_targets / (time.monotonic() - started)
             progress.show(writes, num_targets=num_targets, rate=rate)
         writes.add(*stream.take_finished())  # units without a single sequence
-    return Filled(num_units=writes.num_units, num_targets=writes.num_targets)
+    seconds = time.monotonic() - started
+    return Filled(num_units=writes.num_units, num_targets=writes.num_targets, seconds=seconds)
 
 
 def _row(item: Prompt | Question, targets: Targets | SequenceTargets) -> SequenceTargets:

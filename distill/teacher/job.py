@@ -9,7 +9,6 @@ import platform
 import shlex
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -33,7 +32,7 @@ from distill.config import CacheConfig
 from distill.data.prompts import PromptMaker, prompts_of
 from distill.data.sources import Source
 from distill.data.tokenizer import chat_template_text, token_map
-from distill.errors import RetryError
+from distill.errors import EngineError, RetryError
 from distill.interrupt import Interrupt
 from distill.launch.worker import Worker
 from distill.records import Prompt, Question, Reject
@@ -41,10 +40,12 @@ from distill.teacher import calibration, canary
 from distill.teacher.answers import Answering, stop_ids, write_samples
 from distill.teacher.engine import Engine, Writing, load_engine
 from distill.teacher.examine import draw, examine, local_model, model_config, train_rows
-from distill.teacher.fill import Item, fill
+from distill.teacher.fill import Filled, Item, fill
 from distill.teacher.heads import attention_specs, kept_heads
 
 MASK_POLICY = "assistant"
+_RESTARTS = 3  # of an engine that died
+_SMALLEST_BATCH = 256  # tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,34 +119,50 @@ def _run(job: Job, worker: Worker, interrupt: Interrupt, *, quiet: bool) -> Cach
         return CacheResult(
             root=job.writer.root, manifest=job.writer.seal(), num_units_written=0, num_targets=0, seconds=0.0
         )
-    vocab_size = job.writer.plan.identity.vocab_size
-    engine = load_engine(job.config.model_copy(update={"teacher": str(job.folder)}), vocab_size=vocab_size)
-    try:
-        _install_projection(job, engine)
-        _keep_samples(job, engine)
-        canaries = canary.release(engine, canary.choose(_train_rows(job)), job.writer)
-
-        def read_unit(unit: Unit) -> Iterator[Item | Reject]:
-            return canary.with_canaries(job.read_unit(unit), canaries)
-
-        started = time.monotonic()
-        filled = fill(
-            job.answering(engine) or engine,
-            writer=job.writer,
-            worker=worker,
-            read_unit=read_unit,
-            interrupt=interrupt,
-            quiet=quiet,
-        )
-        seconds = time.monotonic() - started
-    finally:
-        engine.close()
+    config = job.config.model_copy(update={"teacher": str(job.folder)})
+    for restarts_left in range(_RESTARTS, -1, -1):
+        engine = load_engine(config, vocab_size=job.writer.plan.identity.vocab_size)
+        try:
+            filled = _fill(job, engine, worker, interrupt, quiet=quiet)
+            break
+        except EngineError as error:
+            if not restarts_left or interrupt.name is not None:
+                raise
+            config = _with_smaller_batches(config, engine)
+            tries = f"{restarts_left} more {'try' if restarts_left == 1 else 'tries'}"
+            print(f"{error} Loading it again with smaller batches, {tries}.", file=sys.stderr)
+        finally:
+            engine.close()
     return CacheResult(
         root=job.writer.root,
         manifest=job.writer.seal(),
         num_units_written=filled.num_units,
         num_targets=filled.num_targets,
-        seconds=seconds,
+        seconds=filled.seconds,
+    )
+
+
+def _with_smaller_batches(config: CacheConfig, engine: Engine) -> CacheConfig:
+    """Half of what the engine took at once: a lack of memory is the likeliest death."""
+    smaller = {engine.batch_option: max(_SMALLEST_BATCH, engine.batch_tokens // 2)}
+    return config.model_copy(update={"engine_options": {**config.engine_options, **smaller}})
+
+
+def _fill(job: Job, engine: Engine, worker: Worker, interrupt: Interrupt, *, quiet: bool) -> Filled:
+    _install_projection(job, engine)
+    _keep_samples(job, engine)
+    canaries = canary.release(engine, canary.choose(_train_rows(job)), job.writer)
+
+    def read_unit(unit: Unit) -> Iterator[Item | Reject]:
+        return canary.with_canaries(job.read_unit(unit), canaries)
+
+    return fill(
+        job.answering(engine) or engine,
+        writer=job.writer,
+        worker=worker,
+        read_unit=read_unit,
+        interrupt=interrupt,
+        quiet=quiet,
     )
 
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from distill.cache.projection import Moments, Projection
 from distill.config import CacheConfig
-from distill.errors import RetryError, UsageError
+from distill.errors import EngineError, UsageError
 from distill.records import Prompt, Question, Targets
 from distill.teacher import sampled
 from distill.teacher.capture import Head, Projector, Spec, can_compile, statistics
@@ -39,13 +39,14 @@ class TransformersEngine:
     """
 
     name = "transformers"
+    batch_option = "batch_tokens"
     kv_cache_dtype = "none"
 
     def __init__(self, config: CacheConfig, *, vocab_size: int) -> None:
         options = dict(config.engine_options)
         default = "cuda" if torch.cuda.is_available() else "cpu"
         self._device = torch.device(options.pop("device", default))
-        self._batch_tokens = int(options.pop("batch_tokens", 4096))
+        self.batch_tokens = int(options.pop("batch_tokens", 4096))
         self.version = str(transformers.__version__)
         try:
             model, loading = transformers.AutoModelForCausalLM.from_pretrained(
@@ -191,7 +192,7 @@ class TransformersEngine:
         while window := list(islice(source, _WINDOW)):
             window.sort(key=lambda entry: entry[1].num_targets)
             while window:
-                fits = max(1, self._batch_tokens // window[-1][1].num_targets)
+                fits = max(1, self.batch_tokens // window[-1][1].num_targets)
                 batch, window = window[-fits:], window[:-fits]
                 yield from self._forward_batch(batch)
 
@@ -209,7 +210,7 @@ class TransformersEngine:
                     input_ids=ids_BS.to(self._device), attention_mask=mask_BS.to(self._device), use_cache=False
                 )
         except RuntimeError as error:
-            raise RetryError(
+            raise EngineError(
                 f"The teacher's forward pass failed: {error}. Committed units are kept; lower "
                 "engine_options.batch_tokens if memory ran out, and run the same command again."
             ) from error

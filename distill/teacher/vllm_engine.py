@@ -17,7 +17,7 @@ from safetensors.numpy import load, save
 
 from distill.cache.projection import Moments, Projection
 from distill.config import CacheConfig
-from distill.errors import RetryError, UsageError
+from distill.errors import EngineError, RetryError, UsageError
 from distill.records import Prompt, Question, Targets
 from distill.teacher.engine import Answer, FloatArray, Writing, first_trained, question_id, seed_of, targets_of
 from distill.teacher.vllm_names import check_installed
@@ -42,6 +42,7 @@ class VllmEngine:
     """A teacher loaded in vLLM. ``engine_options`` of the configuration go to ``vllm.LLM`` as they are."""
 
     name = "vllm"
+    batch_option = "max_num_batched_tokens"
 
     def __init__(self, config: CacheConfig, *, vocab_size: int) -> None:
         for option in _OURS:
@@ -90,7 +91,9 @@ class VllmEngine:
                 "check the GPU memory, engine_options and the teacher's folder, then run the same command again."
             ) from error
         self._vocab_size = vocab_size
-        self._window = 2 * self._llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
+        scheduler = self._llm.llm_engine.vllm_config.scheduler_config
+        self.batch_tokens: int = scheduler.max_num_batched_tokens
+        self._window = 2 * scheduler.max_num_seqs
         self._request_ids = count()
         facts = next(reply for reply in self._llm.collective_rpc("capture_facts") if reply is not None)
         if facts["inner_refusal"]:
@@ -168,7 +171,7 @@ class VllmEngine:
         try:
             yield from self._stream(items, mode, writing)
         except _engine_failures() as error:
-            raise RetryError(
+            raise EngineError(
                 f"The vllm engine stopped: {error}. Committed units are kept; run the same command again to go on. If "
                 "it ran out of memory, lower engine_options.max_num_batched_tokens or gpu_memory_utilization."
             ) from error

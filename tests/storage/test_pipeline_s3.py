@@ -34,6 +34,9 @@ def test_cache_teacher_then_train(url: str, data: Path, tmp_path: Path, tiny_tea
     assert command(*fill, *options, *settings)["units_written"] == 0
     assert command("verify", url)["ok"] is True
     assert command("inspect", url)["num_committed"] == 3
+    asked = command("sql", url, "select count(*) as num, min(num_tokens) > 2 as long from rows")
+    assert asked["rows"] == [{"num": 12, "long": True}]
+    assert command("report", url, "--out", tmp_path / "cache.html")
     stages = "stages={1: {max_steps: 2}}"
     run = ("--student", tiny_teacher, "--out", tmp_path / "run", "--set", stages, "--quiet")
     trained = command("train", "--stage", 1, "--cache", url, *run)
