@@ -1,6 +1,7 @@
 """Protects tracking without a network: what training measures and says is read back from each tracker's files."""
 
 import json
+import time
 import sys
 
 import pytest
@@ -82,7 +83,7 @@ def test_wandb_works_offline_and_goes_on_with_its_run(configured, stage_dir, mon
         with Metrics(stage_dir, step=step, config=config, number=1) as metrics:
             metrics.log("train", step + 1, {"loss": 1.5, "weights": {"kl": 0.5}})
             metrics.log_answers(step + 1, [ANSWER])
-    runs = [records_of(path) for path in (stage_dir / "wandb").glob("offline-run-*/*.wandb")]
+    runs = written(stage_dir / "wandb")
     assert {run["id"] for run in runs} == {(stage_dir / "wandb.id").read_text().strip()}
     for run in runs:
         assert json.loads(run["config"]["train"]) == {"seed": 42}
@@ -91,6 +92,16 @@ def test_wandb_works_offline_and_goes_on_with_its_run(configured, stage_dir, mon
         assert run["history"]["samples/ncols"] == "8"
     table = next(stage_dir.glob("wandb/*/files/media/table/*.json"))
     assert json.loads(table.read_text())["data"] == [["medical", "p", "why", "because", "so", "teacher", 1, 0]]
+
+
+def written(folder):
+    """What all runs below a folder hold; wandb's own process may still be at work after a run has ended."""
+    deadline = time.monotonic() + 60
+    while True:
+        runs = [records_of(path) for path in folder.glob("offline-run-*/*.wandb")]
+        if all("id" in run and run["history"] for run in runs) or time.monotonic() > deadline:
+            return runs
+        time.sleep(0.2)
 
 
 def records_of(path):
