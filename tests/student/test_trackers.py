@@ -1,8 +1,8 @@
 """Protects tracking without a network: what training measures and says is read back from each tracker's files."""
 
 import json
-import time
 import sys
+import time
 
 import pytest
 import yaml
