@@ -69,7 +69,6 @@ UNPROVOKED = {
         "workers would have to end well and leave units"
     ),
     "teacher/on_ray.py: …": "Ctrl-C on a Ray cluster; the signal itself is sent in tests/launch/test_ray_cluster.py",
-    "teacher/transformers_engine.py: The teacher's forward pass failed: ….": "needs a GPU whose memory runs out",
     "teacher/vllm_engine.py: vllm …: ….": "needs pipeline parallelism, or a compiling vllm on a GPU",
     "teacher/vllm_engine.py: The vllm engine stopped: ….": "needs an engine process on a GPU that dies by itself",
 }
