@@ -3,12 +3,10 @@
 Lines of ``samples.jsonl`` that a killed process left torn are passed over.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
-from distill.cache import storage
-from distill.report.curves import stage_folders
+from distill.report.curves import records_of, stage_folders
 from distill.report.page import Table
 
 _CUT = 600  # characters of a text
@@ -36,15 +34,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     wanted = {"prompt", "student", "author", "reference", "domain"}
     if not path.is_file():
         return []
-    lines = []
-    for text in storage.read(path).decode("utf-8", errors="replace").splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int) and wanted <= line.keys():
-            lines.append({**line, **{key: str(line[key]) for key in wanted}})
-    return lines
+    return [{**line, **{key: str(line[key]) for key in wanted}} for line in records_of(path) if wanted <= line.keys()]
 
 
 def _cut(text: str) -> str:

@@ -6,6 +6,7 @@ killed process left torn.
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,19 +78,18 @@ def read_run(run: Path) -> Curves:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    lines = []
+    return [line for line in records_of(path) if line.get("kind") in ("train", "eval", "sampling")]
+
+
+def records_of(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects with a step among a file's lines; torn and other lines are passed over."""
     for text in storage.read(path).decode("utf-8", errors="replace").splitlines():
         try:
             line = json.loads(text)
         except ValueError:
             continue
-        if (
-            isinstance(line, dict)
-            and line.get("kind") in ("train", "eval", "sampling")
-            and isinstance(line.get("step"), int)
-        ):
-            lines.append(line)
-    return lines
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            yield line
 
 
 def _series(lines: list[dict[str, Any]], start: int) -> dict[str, Points]:

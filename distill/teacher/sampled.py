@@ -47,7 +47,8 @@ def draw(logits_NV: Tensor, uniforms_NS: Tensor) -> Tensor:
     whole vocabulary in float32 the smallest probabilities would vanish.
     """
     num_rows, width = logits_NV.shape
-    weights_NV = torch.exp(logits_NV.float() - logits_NV.float().amax(1, keepdim=True))
+    weights_NV = logits_NV.float()
+    weights_NV = torch.exp(weights_NV - weights_NV.amax(1, keepdim=True))
     weights_NV = torch.nn.functional.pad(weights_NV, (0, -width % _BLOCK))
     blocks_NBC = weights_NV.unflatten(1, (-1, _BLOCK))
     ends_NB = blocks_NBC.sum(2, dtype=torch.float64).cumsum(1)

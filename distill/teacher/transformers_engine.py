@@ -152,7 +152,9 @@ class TransformersEngine:
 
     def _targets(self, hidden_ND: torch.Tensor, inputs: dict[int, torch.Tensor], *, seed: int) -> Targets:
         with torch.inference_mode():
-            keys_N = torch.from_numpy(sampled.keys(seed, 0, len(hidden_ND))).to(self._device)
+            keys_N = None
+            if self._spec.num_samples:
+                keys_N = torch.from_numpy(sampled.keys(seed, 0, len(hidden_ND))).to(self._device)
             found = statistics(self._head, hidden_ND, self._spec, keys_N=keys_N, chunks=self._chunks)
             tensors = {field.name: getattr(found, field.name) for field in fields(found)}
             if self._projector:

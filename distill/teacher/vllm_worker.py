@@ -210,8 +210,10 @@ class CaptureWorker(BaseWorker):  # type: ignore[misc]
         self, hidden_ND: torch.Tensor, rows: list[tuple[_Request, int, int]]
     ) -> dict[str, torch.Tensor]:
         spec, rank = self._capture_spec, get_tp_group().rank_in_group
-        keys = [sampled.keys(request.seed, start, stop) for request, start, stop in rows]
-        keys_N = torch.from_numpy(np.concatenate(keys)).to(hidden_ND.device, non_blocking=True)
+        keys_N = None
+        if spec.num_samples:
+            keys = [sampled.keys(request.seed, start, stop) for request, start, stop in rows]
+            keys_N = torch.from_numpy(np.concatenate(keys)).to(hidden_ND.device, non_blocking=True)
         # Ranks may differ in what fits into their memory, so they meet once for all positions of a step.
         local = local_in_chunks(
             self._capture_head, hidden_ND, spec, chunks=self._capture_chunks, keys_N=keys_N, rank=rank

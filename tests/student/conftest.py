@@ -1,6 +1,8 @@
 """A tiny real teacher, a tiny student that shares its tokenizer, and caches filled from the teacher's forward pass."""
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ from distill.cache.projection import Moments, Projection, fit_projection
 from distill.cache.writer import CacheWriter
 from distill.config import TrainConfig
 from distill.records import Prompt, SequenceTargets, Targets
+from distill.student.metrics import Metrics
 
 VOCAB, PADDED, LENGTH, TOP_K = 300, 320, 24, 16
 ROWS, UNIT_ROWS = 48, 8  # of each domain; every sixth row is held out
@@ -235,15 +238,25 @@ def configured(world: World, tmp_path: Path) -> Callable[..., TrainConfig]:
     return configure
 
 
-@pytest.fixture(scope="session")
-def inner_cache(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache of the tiny teacher, as capture makes it, with states of both its layers."""
+def stop_at(monkeypatch: pytest.MonkeyPatch, *, step: int) -> None:
+    """From now on a signal comes when a trainer has written what it measured at ``step``."""
+    log = Metrics.log
+
+    def with_signal(self: Metrics, kind: Any, at: int, values: dict[str, Any]) -> None:
+        log(self, kind, at, values)
+        if (kind, at) == ("train", step):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Metrics, "log", with_signal)
+
+
+def captured_cache(world: World, root: Path, *, num_rows: int, calibration_tokens: int, **targets: Any) -> Path:
+    """A cache of the tiny teacher, as capture makes it, with what ``targets`` ask for besides the usual."""
     from distill.config import CacheConfig, TargetsConfig
     from distill.teacher.job import cache_teacher
 
-    root = tmp_path_factory.mktemp("inner-states")
     random = np.random.default_rng(0)
-    lines = [json.dumps({"text": " ".join(f"w{n}" for n in random.integers(0, 290, 20))}) for _ in range(32)]
+    lines = [json.dumps({"text": " ".join(f"w{n}" for n in random.integers(0, 290, 20))}) for _ in range(num_rows)]
     (root / "general.jsonl").write_text("\n".join(lines))
     config = CacheConfig(
         teacher=str(world.teacher),
@@ -252,10 +265,17 @@ def inner_cache(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
         out=str(root / "cache"),
         engine="transformers",
         dtype="float32",
-        targets=TargetsConfig(top_k=16, hidden_bytes=24, layers=(0, 1), layer_bytes=12),
+        targets=TargetsConfig(top_k=16, hidden_bytes=24, **targets),
         max_length=24,
         unit_rows=8,
-        calibration_tokens=300,
+        calibration_tokens=calibration_tokens,
     )
     cache_teacher(config, quiet=True)
     return root / "cache"
+
+
+@pytest.fixture(scope="session")
+def inner_cache(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With states of both the teacher's layers."""
+    root = tmp_path_factory.mktemp("inner-states")
+    return captured_cache(world, root, num_rows=32, calibration_tokens=300, layers=(0, 1), layer_bytes=12)

@@ -1,16 +1,14 @@
 """Protects gradient balancing: measured norms are the true ones, weights follow the equation, a resume is exact."""
 
 import json
-import os
-import signal
 
 import pytest
 
 from distill.errors import RetryError
 from distill.student import checkpoint
 from distill.student.balance import balanced, smoothed
-from distill.student.metrics import Metrics
 from distill.student.trainer import train_stage
+from tests.student.conftest import stop_at
 
 WEIGHTS = {"kl": 0.7, "ce": 0.3, "feature": 0.2, "contrastive": 0.1}
 BALANCED = {"balance": True, "balance_every": 3, "temperature": 2.0, "weights": WEIGHTS}
@@ -88,14 +86,7 @@ def test_each_domain_gets_its_share_of_the_gradient(configured, tmp_path):
 def test_a_stopped_run_goes_on_with_the_same_weights(configured, tmp_path, monkeypatch, tune):
     whole, parted = tmp_path / "whole", tmp_path / "run"
     train_stage(configured(stage=BALANCED, out=str(whole), **tune), 1, quiet=True)
-    log = Metrics.log
-
-    def with_signal(self, kind, step, values):
-        log(self, kind, step, values)
-        if (kind, step) == ("train", 5):  # measured before the steps 1, 4 and 7
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(Metrics, "log", with_signal)
+    stop_at(monkeypatch, step=5)  # measured before the steps 1, 4 and 7
     with pytest.raises(RetryError):
         train_stage(configured(stage=BALANCED, **tune), 1, quiet=True)
     monkeypatch.undo()

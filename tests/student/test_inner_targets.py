@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from distill.cache.reader import CacheReader
-from distill.config import CacheConfig, StageConfig, TargetsConfig
+from distill.config import StageConfig
 from distill.errors import IdentityError, UsageError
 from distill.student.batch import collate, example_of
 from distill.student.model import Origin, load_student
@@ -17,7 +17,7 @@ from distill.student.objective import Objective, TeacherView, attention_loss_of
 from distill.student.precision import resolve_precision
 from distill.student.stage import plan_stage
 from distill.student.trainer import train_stage
-from distill.teacher.job import cache_teacher
+from tests.student.conftest import captured_cache
 
 NUM_SAMPLES, HEADS = 6, {1: (0, 3)}
 
@@ -26,23 +26,7 @@ NUM_SAMPLES, HEADS = 6, {1: (0, 3)}
 def cache(world, tmp_path_factory):
     """A cache of the tiny teacher, as capture makes it, with draws and heads."""
     root = tmp_path_factory.mktemp("inner")
-    random = np.random.default_rng(0)
-    lines = [json.dumps({"text": " ".join(f"w{n}" for n in random.integers(0, 290, 20))}) for _ in range(24)]
-    (root / "general.jsonl").write_text("\n".join(lines))
-    config = CacheConfig(
-        teacher=str(world.teacher),
-        data={"general": (str(root / "general.jsonl"),)},
-        eval_fraction=0.2,
-        out=str(root / "cache"),
-        engine="transformers",
-        dtype="float32",
-        targets=TargetsConfig(top_k=16, hidden_bytes=24, num_samples=NUM_SAMPLES, heads=HEADS),
-        max_length=24,
-        unit_rows=8,
-        calibration_tokens=100,
-    )
-    cache_teacher(config, quiet=True)
-    return root / "cache"
+    return captured_cache(world, root, num_rows=24, calibration_tokens=100, num_samples=NUM_SAMPLES, heads=HEADS)
 
 
 @pytest.fixture

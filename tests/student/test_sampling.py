@@ -1,8 +1,6 @@
 """Protects evaluation-driven sampling: shares by equation, floors, nothing starves, and a resumed run sees the same."""
 
 import json
-import os
-import signal
 from collections import Counter
 
 import numpy as np
@@ -14,10 +12,10 @@ from distill.errors import DataError, RetryError, UsageError
 from distill.student import checkpoint
 from distill.student.checkpoint import Reweighting
 from distill.student.figures import Evaluation, Figures
-from distill.student.metrics import Metrics
 from distill.student.stage import plan_stage
 from distill.student.stream import TrainStream
 from distill.student.trainer import train_stage
+from tests.student.conftest import stop_at
 
 BOTH = {"general": 0.5, "medical": 0.5}
 DRIVEN = {"sampling": "evaluation", "shares": BOTH, "max_steps": 12, "eval_every": 4}
@@ -124,14 +122,7 @@ def test_walks_have_the_rows_of_their_group_alone(configured, reader):
 def test_a_stopped_run_goes_on_with_its_recorded_weights(configured, tmp_path, monkeypatch, stage):
     whole, parted = tmp_path / "whole", tmp_path / "run"
     train_stage(configured(stage=stage, out=str(whole)), 1, quiet=True)
-    log = Metrics.log
-
-    def with_signal(self, kind, step, values):
-        log(self, kind, step, values)
-        if (kind, step) == ("train", 6):
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(Metrics, "log", with_signal)
+    stop_at(monkeypatch, step=6)
     with pytest.raises(RetryError):
         train_stage(configured(stage=stage), 1, quiet=True)
     monkeypatch.undo()

@@ -2,16 +2,14 @@
 
 import json
 import math
-import os
-import signal
 
 import pytest
 
 from distill.config import StageConfig, TrainConfig, validated
 from distill.errors import IdentityError, RetryError, UsageError
-from distill.student.metrics import Metrics
 from distill.student.schedule import temperature_at, weights_at
 from distill.student.trainer import train_stage
+from tests.student.conftest import stop_at
 
 TRAIN = {"cache": "c", "student": "s", "out": "o"}
 
@@ -92,14 +90,7 @@ def test_a_scheduled_run_logs_what_it_used_and_goes_on_with_it(configured, tmp_p
     assert ["ce" in line["losses"] for line in whole] == [False] * 4 + [True] * 4
     first = whole[0]["losses"]
     assert first["total"] == pytest.approx(first["kl"])
-    log = Metrics.log
-
-    def with_signal(self, kind, step, values):
-        log(self, kind, step, values)
-        if (kind, step) == ("train", 3):
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(Metrics, "log", with_signal)
+    stop_at(monkeypatch, step=3)
     with pytest.raises(RetryError):
         train_stage(configured(stage=changes), 1, quiet=True)
     monkeypatch.undo()

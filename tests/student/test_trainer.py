@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import signal
 
 import pytest
 import torch
@@ -13,8 +11,8 @@ from safetensors.torch import load_file
 from distill.errors import DataError, RetryError, UsageError
 from distill.student import checkpoint
 from distill.student.losses.feature import feature_floor
-from distill.student.metrics import Metrics
 from distill.student.trainer import train_stage
+from tests.student.conftest import stop_at
 
 LONGER = {"max_steps": 30, "eval_every": 10, "learning_rate": 1e-2, "temperature": 2.0}
 
@@ -197,14 +195,7 @@ def test_another_configuration_in_the_same_folder_is_refused(configured):
 def test_a_signal_saves_and_the_same_command_goes_on(configured, run, tmp_path, monkeypatch):
     whole = configured(out=str(tmp_path / "whole"))
     train_stage(whole, 1, quiet=True)
-    log = Metrics.log
-
-    def with_signal(self, kind, step, values):
-        log(self, kind, step, values)
-        if (kind, step) == ("train", 3):
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(Metrics, "log", with_signal)
+    stop_at(monkeypatch, step=3)
     with pytest.raises(RetryError, match="stopped by SIGTERM at step 3 of 8"):
         train_stage(configured(), 1, quiet=True)
     monkeypatch.undo()
