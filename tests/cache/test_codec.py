@@ -141,6 +141,7 @@ def test_options_reach_the_leaves() -> None:
     }
     options = parquet_options(LAYOUT)
     assert {*options["use_dictionary"], *options["use_byte_stream_split"]} <= set(chunks)
+    assert set(options["compression_level"]) == set(chunks)  # a leaf without a level would get zstd's lowest
     for name, chunk in chunks.items():
         assert chunk.compression == "ZSTD"
         assert chunk.has_dictionary_page == (name in options["use_dictionary"]), name
