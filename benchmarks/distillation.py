@@ -173,7 +173,7 @@ class Lab:
         if target == "renormalised":
             log_p_NK = (batch.topk_logprobs / temperature).log_softmax(1)
             teacher = TeacherTargets(
-                topk_ids=batch.topk_ids,
+                topk_ids=batch.topk_ids.long(),
                 topk_log_p=log_p_NK,
                 log_tail=torch.full((batch.num_trained,), -100.0),
                 temperature=temperature,
@@ -181,7 +181,7 @@ class Lab:
         elif target == "full":
             coords = states_of(rows)
             teacher = TeacherTargets(
-                topk_ids=batch.topk_ids[:, :0],
+                topk_ids=batch.topk_ids[:, :0].long(),
                 topk_log_p=batch.topk_logprobs[:, :0],
                 log_tail=torch.zeros(batch.num_trained),
                 temperature=temperature,

@@ -3,7 +3,9 @@
 The rows are made up, with the shapes of a real cache: k=64, three temperatures, hidden states in 128 bytes, a
 vocabulary of 152,000, sequences of 512 tokens. Writing is all that ``CacheWriter.commit`` does: checking the numbers,
 encoding, page checksums, fsync, reading back, hashing. Reading goes through to numpy arrays, once with the SHA-256 of
-each shard (a reader's first time) and then with the page checksums alone.
+each shard (a reader's first time) and then with the page checksums alone; and, as ``distill.batches`` does, shuffled
+and padded through to the tensors of a step, by the processor's time of all threads. For the share of a step that waits
+for them, batches are taken as fast as a student of 20,000 tokens a second does, which a 7B on one GPU does not reach.
 """
 
 import argparse
@@ -16,12 +18,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from distill import batches
 from distill.cache.codec import decode, encode
 from distill.cache.plan import Identity, Plan, Recorded, Source, plan_units
 from distill.cache.projection import Projection
@@ -36,6 +41,8 @@ VOCAB, TOP_K, LENGTH = 152_000, 64, 512
 TEMPERATURES = (4.0, 2.0, 1.0)
 WIDTHS = ((6, 32), (4, 96), (2, 224))  # 128 bytes
 UNIT_ROWS = 64
+PACE = 20_000  # tokens per second of a fast student
+EPOCHS = 4
 
 
 def made_up_projection(rng: np.random.Generator) -> Projection:
@@ -154,6 +161,41 @@ def measure(folder: Path, num_units: int) -> dict[str, float]:
     }
 
 
+def to_tensors(folder: Path) -> dict[str, float]:
+    """Tokens per second of processor from shards to tensors, without the first epoch, and memory over the epochs."""
+    feed = batches(folder, temperature=2, batch_tokens=16 * LENGTH, max_length=LENGTH)
+    seconds, resident = [], []
+    began = time.process_time()
+    for batch in feed.walk(epochs=EPOCHS):
+        if batch.position % feed.num_sequences == 0:
+            seconds.append(time.process_time() - began)
+            resident.append(psutil.Process().memory_info().rss)
+            began = time.process_time()
+    tokens = feed.num_sequences * LENGTH
+    return {
+        "first_tensor_tokens_per_s": tokens / seconds[0],  # with SHA-256
+        "tensor_tokens_per_s": tokens / min(seconds[1:]),
+        "memory_growth_over_epochs": max(resident[1:]) / resident[0] - 1,
+    }
+
+
+def waiting(folder: Path) -> float:
+    """Share of the time in which a student that trains PACE tokens per second waits for a batch, after the first."""
+    feed = batches(folder, temperature=2, batch_tokens=16 * LENGTH, max_length=LENGTH)
+    walk = feed.walk()
+    former = next(walk).position
+    waited = trained = 0.0
+    while True:
+        began = time.perf_counter()
+        batch = next(walk, None)
+        waited += time.perf_counter() - began
+        if batch is None:
+            return waited / (waited + trained)
+        step = (batch.position - former) * LENGTH / PACE
+        time.sleep(step)
+        trained, former = trained + step, batch.position
+
+
 def overheads(folder: Path, num_units: int) -> dict[str, float]:
     """What safety costs, as a share: of writing with ``pyarrow.parquet.write_table``, of reading with ``read``.
 
@@ -235,14 +277,18 @@ def main() -> None:
     arguments = parser.parse_args()
     pa.set_cpu_count(1)
     pa.set_io_thread_count(1)
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "cache"
         numbers = measure(folder, arguments.units)
+        numbers |= to_tensors(folder)
+        shares = {"waiting_share_of_a_step": waiting(folder)}
         columns = bytes_by_column(folder, arguments.units * UNIT_ROWS * LENGTH)
-        shares = overheads(Path(name) / "overheads", arguments.units)
+        shares |= overheads(Path(name) / "overheads", arguments.units)
     table = Table("measure", "value", title=f"{arguments.units * UNIT_ROWS} sequences of {LENGTH} tokens, one core")
     for key, value in numbers.items():
-        table.add_row(key, f"{value:,.1f}" if value < 10_000 else f"{value:,.0f}")
+        text = f"{value:.1%}" if value < 1 else f"{value:,.1f}" if value < 10_000 else f"{value:,.0f}"
+        table.add_row(key, text)
     for key, value in shares.items():
         table.add_row(key, f"{value:.1%}")
     for column, value in columns.items():

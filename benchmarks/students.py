@@ -36,7 +36,7 @@ class Settings:
 
     teacher: str
     layers: int = 3
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     steps: int = 80
     stage_steps: int = 40  # of each stage of the curriculum
     batch_size: int = 4

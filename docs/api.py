@@ -35,7 +35,7 @@ MEMBERS = {
         "temperature_index",
     ),
     "Batches": ("walk", "set_epoch"),
-    "Batch": ("num_trained", "to"),
+    "Batch": ("input_ids", "attention_mask", "trained", "labels", "teacher", "coords", "num_trained", "to"),
 }
 HEAD = """# From Python
 

@@ -142,6 +142,11 @@ class Projection:
         return sum(count for _, count in self.widths)
 
     @property
+    def level_size_R(self) -> NDArray[np.float32]:
+        """How much of a coordinate, whose variance is 1, is one of its integer: [R]."""
+        return np.concatenate([np.full(count, step_of(bits), np.float32) for bits, count in self.widths])
+
+    @property
     def sha256(self) -> str:
         """Hash of ``to_bytes()``, which commits and manifest name."""
         return hashlib.sha256(self.to_bytes()).hexdigest()
@@ -159,8 +164,8 @@ class Projection:
 
     def dequantise(self, hidden: dict[int, NDArray[np.int8]]) -> NDArray[np.float32]:
         """The middle of each integer's interval: [N, R] float32."""
-        parts = [(hidden[bits].astype(np.float32) + 0.5) * np.float32(step_of(bits)) for bits, _ in self.widths]
-        return np.concatenate(parts, axis=1)
+        levels_NR = np.concatenate([hidden[bits] for bits, _ in self.widths], axis=1)
+        return (levels_NR + np.float32(0.5)) * self.level_size_R
 
     def tail_logits(self, coords_NR: NDArray[np.float32]) -> NDArray[np.float32]:
         """Logits over the vocabulary: [N, V] float32. Only their differences within a row mean anything."""

@@ -47,7 +47,7 @@ class Example:
     topk_logprobs: NDArray[np.float32]  # [n, K]
     log_z: NDArray[np.float32]  # [n, T]
     log_tail: NDArray[np.float32]  # [n, T]
-    hidden: dict[int, NDArray[np.int8]]  # bits -> [n, r_bits]
+    levels: NDArray[np.int8]  # [n, R], hidden states as the cache has them; R = 0 where it has none
     sampled: Draws | None = None  # where the cache keeps ids drawn from the teacher
     inner: dict[int, NDArray[np.int8]] = field(default_factory=dict)  # kept inner layer -> [n, B], as in the cache
     heads: dict[int, KeptHeads] = field(default_factory=dict)  # layer -> queries and keys that the cache keeps
@@ -76,12 +76,18 @@ def example_of(sequence: SequenceTargets, max_length: int, *, group_by: str | No
         topk_logprobs=targets.topk_logprobs[positions],
         log_z=targets.log_z[positions],
         log_tail=targets.log_tail[positions],
-        hidden={bits: values[positions] for bits, values in targets.hidden.items()},
+        levels=_levels(targets, positions),
         sampled=_draws(targets, positions),
         inner=_inner(targets, positions),
         heads=_heads(targets, positions, len(prompt.input_ids[:max_length]) - 1),
         group=None if group_by is None else group_of(prompt.metadata, group_by),
     )
+
+
+def _levels(targets: Targets, positions: NDArray[np.int64]) -> NDArray[np.int8]:
+    """Coordinates of all widths beside each other, as in ``Projection.dequantise``."""
+    parts = [targets.hidden[bits][positions] for bits in sorted(targets.hidden, reverse=True)]
+    return np.concatenate(parts, axis=1) if parts else np.zeros((len(positions), 0), np.int8)
 
 
 def _inner(targets: Targets, positions: NDArray[np.int64]) -> dict[int, NDArray[np.int8]]:
@@ -124,11 +130,12 @@ class DistillBatch:
     position_ids: Tensor | None  # [rows, S] int64, from 0 in each sequence of a packed row; None where rows are not
     trained: Tensor  # [N] int64, indices into the flattened [rows S]
     labels: Tensor  # [N] int64, the token after each trained position
-    topk_ids: Tensor  # [N, K] int64
+    topk_ids: Tensor  # [N, K] int32: half of what would have to reach the device
     topk_logprobs: Tensor  # [N, K] float32
     log_z: Tensor  # [N, T] float32
     log_tail: Tensor  # [N, T] float32
-    coords: Tensor | None  # [N, R] float32
+    levels: Tensor | None  # [N, R] int8: a quarter of what the coordinates are that they stand for
+    level_size: Tensor | None  # [R] float32
     inner: Tensor | None  # [N, L, B] int8, inputs of the L inner layers that the cache holds, in their order
     sampled: SampledTargets | None  # where every example has drawn ids
     heads: tuple[SequenceHeads, ...]  # of each sequence; they stay where they are until the attention loss needs them
@@ -139,6 +146,13 @@ class DistillBatch:
     def num_trained(self) -> int:
         """N."""
         return len(self.labels)
+
+    @property
+    def coords(self) -> Tensor | None:
+        """Coordinates of the teacher's final hidden states, [N, R] float32; as ``Projection.dequantise``."""
+        if self.levels is None or self.level_size is None:
+            return None
+        return (self.levels.float() + 0.5) * self.level_size
 
     @property
     def at_start(self) -> Tensor:
@@ -159,7 +173,7 @@ class DistillBatch:
     def teacher(self, temperature: float, index: int) -> TeacherTargets:
         """The teacher's targets at a temperature, whose column in ``log_z`` and ``log_tail`` is ``index``."""
         return TeacherTargets(
-            topk_ids=self.topk_ids,
+            topk_ids=self.topk_ids.long(),
             topk_log_p=self.topk_logprobs / temperature - self.log_z[:, index, None],
             log_tail=self.log_tail[:, index],
             temperature=temperature,
@@ -169,7 +183,7 @@ class DistillBatch:
 def collate(
     examples: Sequence[Example], projection: Projection | None, *, row_length: int | None = None
 ) -> DistillBatch:
-    """One padded batch. Coordinates of hidden states are dequantised where there is a projection.
+    """One padded batch, with hidden states where there is a projection.
 
     With a ``row_length`` sequences are packed into rows of at most that many tokens. Position ids then start anew in
     each, and in the padding behind them, by which transformers keeps them from attending to each other.
@@ -193,11 +207,14 @@ def collate(
         position_ids=None if row_length is None else torch.from_numpy(position_ids_BS),
         trained=torch.from_numpy(np.concatenate(trained)),
         labels=torch.from_numpy(np.concatenate(labels).astype(np.int64)),
-        topk_ids=torch.from_numpy(np.concatenate([example.topk_ids for example in examples]).astype(np.int64)),
+        topk_ids=torch.from_numpy(np.concatenate([example.topk_ids for example in examples])),
         topk_logprobs=torch.from_numpy(np.concatenate([example.topk_logprobs for example in examples])),
         log_z=torch.from_numpy(np.concatenate([example.log_z for example in examples])),
         log_tail=torch.from_numpy(np.concatenate([example.log_tail for example in examples])),
-        coords=None if projection is None else torch.from_numpy(_coords(examples, projection)),
+        levels=None
+        if projection is None
+        else torch.from_numpy(np.concatenate([example.levels for example in examples])),
+        level_size=None if projection is None else torch.from_numpy(projection.level_size_R),
         inner=None if projection is None or not projection.layers else torch.from_numpy(_stacked(examples)),
         sampled=_sampled(examples),
         heads=tuple(
@@ -213,13 +230,6 @@ def _key(example: Example) -> int:
     digest = hashlib.blake2b(example.input_ids.tobytes(), digest_size=8)
     digest.update(example.positions.tobytes())
     return int.from_bytes(digest.digest(), "little", signed=True)
-
-
-def _coords(examples: Sequence[Example], projection: Projection) -> NDArray[np.float32]:
-    widths = [bits for bits, _ in projection.widths]
-    return projection.dequantise(
-        {bits: np.concatenate([example.hidden[bits] for example in examples]) for bits in widths}
-    )
 
 
 def _stacked(examples: Sequence[Example]) -> NDArray[np.int8]:

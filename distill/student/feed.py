@@ -20,7 +20,7 @@ from distill.cache.reader import CacheReader
 from distill.config import ShareConfig, TailShape
 from distill.errors import DataError, IdentityError, UsageError
 from distill.records import Split
-from distill.student.batch import Example, collate, example_of
+from distill.student.batch import DistillBatch, Example, collate, example_of
 from distill.student.losses.kl import TeacherTargets
 from distill.student.losses.tail import TailModel
 from distill.student.mixture import assign_domains
@@ -54,38 +54,51 @@ class Batch:
     (with all ranks' batches of this turn); ``Batches.walk(start=position)`` goes on there.
     """
 
-    input_ids: Tensor  # [B, S] int64, padded on the right with 0
-    attention_mask: Tensor  # [B, S] int64, 1 where there is a token
-    trained: Tensor  # [N] int64, indices into the flattened [B S]
-    labels: Tensor  # [N] int64, the token after each trained position
-    teacher: TeacherTargets  # topk_ids [N, K], topk_log_p [N, K], log_tail [N], temperature
-    coords: Tensor | None  # [N, R] float32, of the teacher's final hidden states; None with a bucket tail
+    tensors: DistillBatch
+    temperature: float
+    column: int  # of the temperature in the cache
     tail: SharedTail | None
     vocab_size: int  # ids that exist; a head may have more rows
     position: int
 
     @property
+    def input_ids(self) -> Tensor:
+        """[B, S] int64, padded on the right with 0."""
+        return self.tensors.input_ids
+
+    @property
+    def attention_mask(self) -> Tensor:
+        """[B, S] int64, 1 where there is a token."""
+        return self.tensors.attention_mask
+
+    @property
+    def trained(self) -> Tensor:
+        """[N] int64, indices into the flattened [B S]."""
+        return self.tensors.trained
+
+    @property
+    def labels(self) -> Tensor:
+        """[N] int64, the token after each trained position."""
+        return self.tensors.labels
+
+    @property
+    def teacher(self) -> TeacherTargets:
+        """topk_ids [N, K], topk_log_p [N, K], log_tail [N], temperature; computed anew each time."""
+        return self.tensors.teacher(self.temperature, self.column)
+
+    @property
+    def coords(self) -> Tensor | None:
+        """[N, R] float32, of the teacher's final hidden states; None with a bucket tail. Computed anew each time."""
+        return self.tensors.coords
+
+    @property
     def num_trained(self) -> int:
         """N."""
-        return len(self.labels)
+        return self.tensors.num_trained
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on ``device``."""
-        teacher = replace(
-            self.teacher,
-            topk_ids=self.teacher.topk_ids.to(device, non_blocking=True),
-            topk_log_p=self.teacher.topk_log_p.to(device, non_blocking=True),
-            log_tail=self.teacher.log_tail.to(device, non_blocking=True),
-        )
-        return replace(
-            self,
-            input_ids=self.input_ids.to(device, non_blocking=True),
-            attention_mask=self.attention_mask.to(device, non_blocking=True),
-            trained=self.trained.to(device, non_blocking=True),
-            labels=self.labels.to(device, non_blocking=True),
-            teacher=teacher,
-            coords=None if self.coords is None else self.coords.to(device, non_blocking=True),
-        )
+        return replace(self, tensors=self.tensors.to(torch.device(device)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,14 +206,10 @@ class Batches(IterableDataset[Batch]):
                         yield example_of(sequence, self.settings.max_length)
 
     def _batch(self, group: list[Example], position: int) -> Batch:
-        made = collate(group, self._projection)
         return Batch(
-            input_ids=made.input_ids,
-            attention_mask=made.attention_mask,
-            trained=made.trained,
-            labels=made.labels,
-            teacher=made.teacher(self.temperature, self._index),
-            coords=made.coords,
+            tensors=collate(group, self._projection),
+            temperature=self.temperature,
+            column=self._index,
             tail=self._tail,
             vocab_size=self.reader.identity.vocab_size,
             position=position,
