@@ -24,7 +24,7 @@ from distill.teacher.chunks import Chunks
 _OUT = -1e5
 # A tail that underflows is stored as this, so that no infinity reaches a shard.
 LOG_TAIL_FLOOR = -100.0
-_BLOCK = 64
+_BLOCK = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -233,17 +233,16 @@ def largest(x_NV: Tensor, num: int) -> tuple[Tensor, Tensor]:
     """Exact top-k of each row, sorted downwards: values [N, num] and int64 ids [N, num].
 
     On a CPU ``torch.topk`` costs more than the LM head itself. The num largest values of a row lie in the num
-    blocks with the largest maxima, so only those blocks are looked at. A block is every ``stride``-th id, so that
-    neighbours in memory are compared with their neighbours, many at a time.
+    blocks with the largest maxima, which are found in the same way, so only those blocks are looked at. A block is
+    every ``stride``-th id, so that neighbours in memory are compared with their neighbours, many at a time.
     """
     num_rows, width = x_NV.shape
-    whole = width // _BLOCK * _BLOCK
     if x_NV.is_cuda or width < 2 * num * _BLOCK:
         values, ids = torch.topk(x_NV, num, dim=1)
         return values, ids
-    stride = whole // _BLOCK
-    blocks = x_NV[:, :whole].unflatten(1, (_BLOCK, stride))
-    first_NK = blocks.amax(1).topk(num, dim=1, sorted=False).indices
+    stride = width // _BLOCK
+    whole = stride * _BLOCK
+    _, first_NK = largest(x_NV[:, :whole].unflatten(1, (_BLOCK, stride)).amax(1), num)
     inside = torch.arange(0, whole, stride, device=x_NV.device)[:, None]
     ids_NC = (inside + first_NK[:, None, :]).flatten(1)
     if whole < width:
