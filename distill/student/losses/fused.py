@@ -193,9 +193,10 @@ class _Gradients:
         narrow_NV = grad_NV.to(self.compute_dtype)
         if self.hidden_ND is not None:
             self.hidden_ND[start : start + num_tokens] = narrow_NV @ self.matrix_VD
-        if self.weight_HD is not None:
-            product_VD = narrow_NV.T @ hidden_ND.to(self.compute_dtype)
-            self.weight_HD[:num_vocab] += product_VD
+        if self.weight_HD is not None and self.weight_HD.dtype == self.compute_dtype:
+            self.weight_HD[:num_vocab].addmm_(narrow_NV.T, hidden_ND.to(self.compute_dtype))
+        elif self.weight_HD is not None:
+            self.weight_HD[:num_vocab] += narrow_NV.T @ hidden_ND.to(self.compute_dtype)
         if self.bias_H is not None:
             self.bias_H[:num_vocab] += grad_NV.sum(0, dtype=self.bias_H.dtype)
 
