@@ -4,6 +4,7 @@ Errors that are the user's to fix come out as one paragraph on standard error wi
 ``distill.errors``), never as a traceback.
 """
 
+import io
 import sys
 from typing import Annotated
 
@@ -27,6 +28,7 @@ from distill.commands import (
     verify,
 )
 from distill.commands import eval as evaluate
+from distill.commands.options import Plain
 from distill.errors import DistillError
 
 app = typer.Typer(
@@ -34,23 +36,26 @@ app = typer.Typer(
     help="Cache a teacher's targets once, train any number of students from them.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("init")(init.command)
-app.command("plan")(plan.command)
-app.command("cache-teacher")(cache_teacher.command)
-app.command("train")(train.command)
-app.command("eval")(evaluate.command)
-app.command("export")(export.command)
-app.command("inspect")(inspect.command)
-app.command("verify")(verify.command)
-app.command("status")(status.command)
-app.command("gc")(gc.command)
-app.command("diff")(diff.command)
-app.command("doctor")(doctor.command)
-app.command("launch")(launch.command)
-app.command("report")(report.command)
-app.command("sql")(sql.command)
+_CTRL_C = 130
+_PREPARE, _DISTILL, _LOOK, _KEEP = "Prepare", "Distill", "Look in", "Keep in order"
+app.command("init", cls=Plain, rich_help_panel=_PREPARE)(init.command)
+app.command("doctor", cls=Plain, rich_help_panel=_PREPARE)(doctor.command)
+app.command("plan", cls=Plain, rich_help_panel=_PREPARE)(plan.command)
+app.command("launch", cls=Plain, rich_help_panel=_PREPARE)(launch.command)
+app.command("cache-teacher", cls=Plain, rich_help_panel=_DISTILL)(cache_teacher.command)
+app.command("train", cls=Plain, rich_help_panel=_DISTILL)(train.command)
+app.command("eval", cls=Plain, rich_help_panel=_DISTILL)(evaluate.command)
+app.command("export", cls=Plain, rich_help_panel=_DISTILL)(export.command)
+app.command("inspect", cls=Plain, rich_help_panel=_LOOK)(inspect.command)
+app.command("report", cls=Plain, rich_help_panel=_LOOK)(report.command)
+app.command("sql", cls=Plain, rich_help_panel=_LOOK)(sql.command)
+app.command("diff", cls=Plain, rich_help_panel=_LOOK)(diff.command)
+app.command("status", cls=Plain, rich_help_panel=_KEEP)(status.command)
+app.command("verify", cls=Plain, rich_help_panel=_KEEP)(verify.command)
+app.command("gc", cls=Plain, rich_help_panel=_KEEP)(gc.command)
 
 
 def _version(wanted: bool) -> None:
@@ -70,11 +75,18 @@ def _options(
 
 def main() -> None:
     """Entry point of ``distill``: runs a command and turns the errors of ``distill.errors`` into exit codes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that knows no "●" shows "?"
     try:
         app()
     except DistillError as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except SystemExit as done:
+        if done.code == _CTRL_C:
+            print("Stopped. The same command goes on from what was saved.", file=sys.stderr)
+        raise
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def test_verify_and_inspect(cache: Path) -> None:
     assert report["row"]["response"]
     assert len(report["fidelity"]) == 3
     assert all(0 <= item["low_rank"] < item["renormalised"] <= 1 for item in report["fidelity"])
-    assert "what the teacher expected next" in distill("inspect", cache).stdout
+    assert "what the teacher expected there" in distill("inspect", cache).stdout
 
 
 def test_three_stages_without_vllm_and_without_the_teacher(

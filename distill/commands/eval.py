@@ -5,14 +5,14 @@ from typing import Annotated, Any
 
 import typer
 
-from distill.commands.options import Config, Json, Set, configuration, one_or_many, print_json
+from distill.commands.options import Config, Json, Set, checkpoint, configuration, one_or_many, print_json
 from distill.errors import UsageError
 
 
 def command(
     *,
     cache: Annotated[list[str] | None, typer.Option(help="Folder of the cache; repeatable, for several.")] = None,
-    student: Annotated[str | None, typer.Option(help="Checkpoint (RUN/stage1/best), model folder or hub name.")] = None,
+    student: Annotated[str | None, typer.Option(help="Stage of a run (RUN/stage3), model folder or hub name.")] = None,
     group_by: Annotated[str | None, typer.Option(help="Also by the values of this metadata key.")] = None,
     choices: Annotated[
         list[Path] | None, typer.Option(help="Multiple-choice questions, .jsonl or .csv; repeatable.")
@@ -28,7 +28,7 @@ def command(
 ) -> None:
     """Measure a student against the cached teacher on the held-out rows, on multiple choices and on lm-eval's tasks.
 
-    Example: distill eval --cache cache --student run/stage3/best --choices medqa.jsonl. The teacher is not needed. With
+    Example: distill eval --cache cache --student run/stage3 --choices medqa.jsonl. The teacher is not needed. With
     --choices or --lm-eval the cache may be left away; held-out rows are then not measured.
     """
     from distill.config import TrainConfig
@@ -38,7 +38,7 @@ def command(
     with_cache = cache is not None or not (choices or lm_eval)
     values = {
         "cache": one_or_many(cache) if with_cache else ".",
-        "student": student,
+        "student": None if student is None else checkpoint(student),
         "out": ".",  # a configuration of training has one; nothing is written
         "precision": precision,
         "allow_incomplete": allow_incomplete,
@@ -91,9 +91,9 @@ def _measured(
 
 
 def _render(student: str, result: dict[str, Any], group_by: str | None) -> None:
-    from rich.console import Console
+    from distill.report.table import terminal
 
-    console = Console(highlight=False)
+    console = terminal()
     if "overall" in result:
         console.print(_held_out_table(student, result, group_by))
     for path, figures in result.get("choices", {}).items():
@@ -103,50 +103,55 @@ def _render(student: str, result: dict[str, Any], group_by: str | None) -> None:
 
 
 def _held_out_table(student: str, evaluation: dict[str, Any], group_by: str | None) -> Any:
+    from distill.report.table import plain_table
+
     temperatures = list(evaluation["overall"]["kl"])
-    names = [f"KL T={temperature:g}" for temperature in temperatures]
-    table = _table(
-        f"{student} against the teacher, held out ({evaluation['tail']} tail)",
-        ["", *names, "CE", "perplexity", "top-1", "top-5", "calibr.", "tokens"],
-    )
     rows = [*evaluation["domains"].items()]
     rows += [(f"{group_by}: {group}", figures) for group, figures in evaluation["groups"].items()]
-    for name, figures in [*rows, ("all", evaluation["overall"])]:
-        cells = [f"{figures['kl'][temperature]:.4f}" for temperature in temperatures]
-        cells += [f"{figures['ce']:.4f}", f"{figures['perplexity']:.4g}"]
-        cells += [f"{figures[key]:.1%}" for key in ("top1_agreement", "top5_agreement", "ece")]
-        table.add_row(_plain(name), *cells, f"{figures['num_tokens']:,}")
-    return table
+    rows.append(("all", evaluation["overall"]))
+    return plain_table(
+        f"{student} against the teacher, held out ({evaluation['tail']} tail)",
+        [
+            "",
+            *(f"KL T={temperature:g}" for temperature in temperatures),
+            "CE",
+            "ppl",
+            "top-1",
+            "top-5",
+            "ECE",
+            "tokens",
+        ],
+        [
+            (
+                name,
+                *(f"{figures['kl'][temperature]:.3f}" for temperature in temperatures),
+                f"{figures['ce']:.3f}",
+                f"{figures['perplexity']:.4g}",
+                *(f"{figures[key]:.1%}" for key in ("top1_agreement", "top5_agreement", "ece")),
+                f"{figures['num_tokens']:,}",
+            )
+            for name, figures in rows
+        ],
+    )
 
 
 def _choices_table(path: str, result: dict[str, Any]) -> Any:
+    from distill.report.table import plain_table
+
     measures = ("accuracy", "precision", "recall", "f1")
-    table = _table(f"{path}, chosen by likelihood", ["", *measures, "questions"])
+    rows = []
     for name, key in (("plain", "plain"), ("by length", "normalised")):
         figures = result[key]
-        table.add_row(name, *(f"{figures[measure]:.1%}" for measure in measures), f"{figures['num_questions']:,}")
-    return table
+        rows.append((name, *(f"{figures[measure]:.1%}" for measure in measures), f"{figures['num_questions']:,}"))
+    return plain_table(f"{path}, chosen by likelihood", ["", *measures, "questions"], rows)
 
 
 def _tasks_table(tasks: list[dict[str, Any]]) -> Any:
-    table = _table("lm-eval", ["", "measure", "value", "± error"])
+    from distill.report.table import plain_table
+
+    rows = []
     for task in tasks:
         for measure, value in task["values"].items():
             error = task["errors"].get(measure)
-            table.add_row(_plain(task["task"]), measure, f"{value:.4f}", "" if error is None else f"{error:.4f}")
-    return table
-
-
-def _table(title: str, header: list[str]) -> Any:
-    from rich.table import Table
-
-    table = Table(title=_plain(title), title_justify="left")
-    for name in header:
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
-    return table
-
-
-def _plain(text: str) -> Any:
-    from rich.text import Text
-
-    return Text("".join(character if character.isprintable() else "�" for character in text))
+            rows.append((task["task"], measure, f"{value:.4f}", "" if error is None else f"{error:.4f}"))
+    return plain_table("lm-eval", ["", "measure", "value", "± error"], rows)

@@ -5,14 +5,16 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from distill.commands.options import Json, print_json
+from distill.commands.options import Json, checkpoint, print_json
 from distill.errors import UsageError
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def command(
-    checkpoint: Annotated[Path, typer.Argument(help="RUN/stage3/best, or an adapter folder.")],
+    student: Annotated[
+        Path, typer.Argument(metavar="STUDENT", help="Stage of a run, whose best checkpoint is meant, or a checkpoint.")
+    ],
     *,
     out: Annotated[Path, typer.Option(help="New folder for the model.")],
     dtype: Annotated[str, typer.Option(help="auto (that of the base), float32, bfloat16 or float16.")] = "auto",
@@ -21,13 +23,15 @@ def command(
 ) -> None:
     """Merge a trained student into a plain transformers folder, with its tokenizer, and check its logits.
 
-    Example: distill export run/stage3/best --out qwen7b-medical
+    Example: distill export run/stage3 --out qwen7b-medical
     """
     from distill.student.export import export_student
 
     if dtype not in _DTYPES:
         raise UsageError(f"--dtype takes {', '.join(_DTYPES)}, got '{dtype}'.")
-    exported = export_student(checkpoint, out, dtype=cast(Any, dtype), trust_remote_code=trust_remote_code)
+    exported = export_student(
+        Path(checkpoint(str(student))), out, dtype=cast(Any, dtype), trust_remote_code=trust_remote_code
+    )
     if as_json:
         print_json(exported.as_dict())
         return

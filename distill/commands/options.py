@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from typer.core import TyperCommand, TyperOption
 
 from distill.errors import UsageError
 
@@ -17,6 +18,16 @@ Set = Annotated[list[str] | None, typer.Option("--set", help="KEY.KEY=VALUE, any
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
 CachePath = Annotated[Path, typer.Argument(metavar="CACHE", help="Folder of the cache.")]
+
+
+class Plain(TyperCommand):
+    """A command whose help tells options that take a value from switches, and leaves types to the words."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        for option in self.params:
+            if isinstance(option, TyperOption) and option.metavar is None:
+                option.metavar = "" if option.is_flag else "VALUE"
 
 
 def configuration(
@@ -33,7 +44,7 @@ def configuration(
     for item in settings or []:
         key, text = pair(item, "--set", "VALUE")
         values = _merged(values, _nested(key.split("."), _yaml_value(text)))
-    return validated(model, values, origin=str(path) if path else f"distill {section}")
+    return validated(model, values, origin=str(path) if path else "the options")
 
 
 def with_options_of(read: Callable[..., Any], **defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -100,6 +111,12 @@ def pair(item: str, option: str, what: str) -> tuple[str, str]:
 def one_or_many(values: list[str] | None) -> str | list[str] | None:
     """A repeatable option as the configuration has it: one value plainly, several as a list."""
     return values[0] if values and len(values) == 1 else values or None
+
+
+def checkpoint(name: str) -> str:
+    """A model as it was named; a stage's folder stands for its best checkpoint."""
+    best = Path(name) / "best"
+    return str(best) if best.is_dir() else name
 
 
 def print_json(value: dict[str, Any]) -> None:

@@ -5,7 +5,16 @@ from typing import Annotated
 
 import typer
 
-from distill.commands.options import Config, Json, Quiet, Set, configuration, one_or_many, print_json
+from distill.commands.options import (
+    Config,
+    Json,
+    Quiet,
+    Set,
+    checkpoint,
+    configuration,
+    one_or_many,
+    print_json,
+)
 from distill.errors import UsageError
 
 
@@ -19,7 +28,7 @@ def command(
         str | None, typer.Option(help="even (default), or loss: those that it can least do without.")
     ] = None,
     out: Annotated[str | None, typer.Option(help="Folder of the run.")] = None,
-    start: Annotated[Path | None, typer.Option("--from", help="Checkpoint to start from.")] = None,
+    start: Annotated[Path | None, typer.Option("--from", help="Checkpoint, or stage of a run, to start from.")] = None,
     tune: Annotated[str | None, typer.Option(help="lora (default) or full.")] = None,
     precision: Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16.")] = None,
     wandb: Annotated[bool | None, typer.Option("--wandb/--no-wandb", help="Also log to wandb.")] = None,
@@ -50,6 +59,7 @@ def command(
         "allow_incomplete": allow_incomplete,
     }
     resolved = configuration(TrainConfig, "train", config, values, settings)
+    start = None if start is None else Path(checkpoint(str(start)))
     results = []
     for number in _stages(stage):
         results.append(train_stage(resolved, number, start=start, quiet=quiet))

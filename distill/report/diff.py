@@ -17,7 +17,7 @@ from distill.cache import storage
 from distill.cache.plan import total
 from distill.cache.projection import widths_of
 from distill.cache.reader import CacheReader
-from distill.report.table import plain_table
+from distill.report.table import plain_table, terminal
 
 Section = Literal["identity", "projection", "sources", "counts", "recorded"]
 _MISSING = "–"
@@ -60,7 +60,7 @@ def diff(one: str | Path, two: str | Path) -> DiffReport:
 
 def render_diff(report: DiffReport, *, console: Console | None = None) -> None:
     """Print the differences, and what they mean."""
-    console = console or Console(highlight=False)
+    console = console or terminal()
     if report.differences:
         rows = [(d.section, d.field, d.one, d.two) for d in report.differences]
         console.print(plain_table("differences", ("", "field", report.one, report.two), rows))

@@ -21,7 +21,7 @@ from rich.text import Text
 
 from distill.cache import storage
 from distill.errors import StorageError, UsageError
-from distill.report.table import plain_table
+from distill.report.table import plain_table, terminal
 
 State = Literal["ok", "warn", "fail"]
 _OLDEST_VLLM = "0.18"  # older releases run code of a model's folder without being asked to
@@ -112,7 +112,7 @@ def doctor(*, out: str | None = None, teacher: str | None = None) -> DoctorRepor
 
 def render_doctor(report: DoctorReport, *, console: Console | None = None) -> None:
     """Print what was found, and the verdict."""
-    console = console or Console(highlight=False)
+    console = console or terminal()
     rows = [(check.state, check.name, check.found, check.fix) for check in report.checks]
     console.print(plain_table("", ("", "what", "found", "fix"), rows))
     states = [check.state for check in report.checks]
@@ -154,7 +154,7 @@ def _packages() -> Check:
         else:
             right.append(f"{name} {found}")
     if wrong:
-        fix = "Install distill again with its dependencies: pip install --upgrade distill"
+        fix = "Install distill again with its dependencies: pip install . in its clone."
         return Check(name="packages", state="fail", found=", ".join(wrong), fix=fix)
     return Check(name="packages", state="ok", found=", ".join(right))
 

@@ -7,13 +7,13 @@ from rich.table import Table
 from rich.text import Text
 
 from distill.report.plan_record import Cost, Interval, Memory, PlanReport
-from distill.report.table import plain_table
+from distill.report.table import plain_table, terminal
 from distill.teacher.measure import Measured
 
 
 def render_plan(report: PlanReport, *, console: Console | None = None) -> None:
     """Print what a cache would hold, take and cost, and what was measured."""
-    console = console or Console(highlight=False)
+    console = console or terminal()
     for table in _tables(report):
         console.print(table)
     if report.cost:

@@ -51,12 +51,12 @@ def outputs(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         said("train", "--stage", 1, "--cache", cache, "--out", run, *training, "--set", STAGE, "--set", "samples=0")
         for _ in range(2)
     ]
-    best = run / "stage1" / "best"
+    best = run / "stage1" / "best"  # what the stage's folder stands for
     found["eval"] = [
         said("eval", "--cache", cache, "--student", best, "--set", "device=cpu", "--choices", folder / "q.jsonl"),
         said("eval", "--student", world.student, "--set", "device=cpu", "--choices", folder / "q.jsonl"),
     ]
-    found["export"] = [said("export", best, "--out", folder / "exported")]
+    found["export"] = [said("export", run / "stage1", "--out", folder / "exported")]
     found["report"] = [said("report", cache, "--out", folder / "cache.html")]
     found |= {name: [said(name, cache)] for name in ("inspect", "verify", "status", "gc")}
     broken = shutil.copytree(cache, folder / "broken")

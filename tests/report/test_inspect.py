@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
+from distill.__main__ import app
 from distill.cache import storage
 from distill.cache.reader import CacheReader
 from distill.errors import CorruptionError, DataError, UsageError
@@ -142,19 +145,46 @@ def test_the_printed_report(cache: Path) -> None:
         "medical",
         "bytes per token",
         "low-rank tail",
-        "what the teacher expected next",
+        "what the teacher expected there",
         "●",
     ):
         assert part in text
 
 
+def test_a_row_is_told_by_what_came(cache: Path) -> None:
+    """Beside a token stands what was expected in its place, not after it."""
+    report = inspect(cache)
+    assert report.row is not None
+    first, second = (
+        dataclasses.replace(
+            report.row.positions[0], token=token, next_token=after, trained=trained, alternatives=((word, 0.5),)
+        )
+        for token, after, trained, word in (("one", "two", False, "II"), ("two", "three", True, "III"))
+    )
+    row = dataclasses.replace(report.row, positions=(first, second))
+    text = printed(render_inspect, dataclasses.replace(report, row=row))
+    table = [line.split() for line in text.splitlines()[-4:]]
+    entropy = f"{first.entropy:.2f}"
+    assert table[:3] == [["one"], ["two", entropy, "II", "0.500"], ["●", "three", entropy, "III", "0.500"]]
+
+
+def test_nothing_is_cut_where_the_output_is_no_terminal(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    done = CliRunner().invoke(app, ["inspect", str(cache)])
+    assert inspect(cache).identity["teacher_weights"] in done.stdout
+    assert "…" not in done.stdout
+    monkeypatch.setenv("COLUMNS", "60")
+    done = CliRunner().invoke(app, ["inspect", str(cache)])
+    assert max(map(len, done.stdout.splitlines())) <= 60
+
+
 def test_stored_text_is_never_markup(cache: Path) -> None:
     report = inspect(cache)
     assert report.row is not None
-    position = dataclasses.replace(report.row.positions[0], token="[bold red]x[/bold]\n")
+    position = dataclasses.replace(report.row.positions[0], next_token="[bold red] x[/bold]\n")
     row = dataclasses.replace(report.row, positions=(position,), source="\x1b[2Jx.jsonl")
     text = printed(render_inspect, dataclasses.replace(report, row=row))
-    assert r"[bold red]x[/bold]\n" in text
+    assert r"[bold␣red]␣x[/bold]\n" in text
     assert "�[2Jx.jsonl" in text
 
 
@@ -180,5 +210,8 @@ def test_printed_stages() -> None:
         "notes": ["no held-out rows of general"],
     }
     text = printed(render_stages, [stage, {**stage, "stage": 3, "evaluation": None, "objective": None, "notes": []}])
-    for part in ("1,200", "finished before", "0.2500 at T=2", "CE 1.5000", "stage 2: no held-out rows of general"):
+    assert re.search(r"stage +steps +best step +domain +KL T=2 +KL T=1 +CE", text)
+    assert re.search(r"2 +1,200 +900 +medical +0.2500 +0.5000 +1.5000", text)
+    assert re.search(r"3 +1,200 +900 +– +– +– +–", text)
+    for part in ("stage 2: no held-out rows of general", "stage 2 (finished before): best checkpoint run/stage2/best"):
         assert part in text
