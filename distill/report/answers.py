@@ -13,21 +13,21 @@ _CUT = 600  # characters of a text
 
 
 def answers_table(run: Path) -> Table:
-    """The answers of each stage's last evaluation; without rows where the run asked nothing."""
-    rows: list[tuple[str, ...]] = []
+    """For each prompt the reference, and what each stage said at its last evaluation; no rows where none was asked."""
+    said: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for folder in stage_folders(run):
         lines = _lines(folder / "samples.jsonl")
         last = max((line["step"] for line in lines), default=0)
         for line in lines:
             if line["step"] == last:
-                texts = (line["prompt"], line["student"], f"({line['author']}) {line['reference']}")
-                rows.append((f"{folder.name}, step {last}", line["domain"], *map(_cut, texts)))
-    return Table(
-        title="What the student says",
-        header=("", "domain", "prompt", "student", "reference"),
-        rows=tuple(rows),
-        texts=True,
-    )
+                answers = said.setdefault((line["domain"], line["prompt"]), [(line["author"], line["reference"])])
+                answers.append((f"{folder.name}, step {last}", line["student"]))
+    rows = [
+        (*((domain, _cut(prompt)) if number == 0 else ("", "")), who, _cut(text))
+        for (domain, prompt), answers in said.items()
+        for number, (who, text) in enumerate(answers)
+    ]
+    return Table(title="What the student says", header=("domain", "prompt", "", "answer"), rows=tuple(rows), texts=True)
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -33,9 +33,10 @@ def cache_page(path: str | Path) -> Page:
         title=f"Cache of {_name(str(report.recorded['teacher']))}",
         subtitle=f"{report.path} · {state}",
         facts=_facts(report),
-        charts=(*_charts(report, found), *([_pace(pace)] if pace else [])),
+        summary=_counts(report),
+        groups=(("Charts", (*_charts(report, found), *([_pace(pace)] if pace else []))),),
         views=cache_views(reader),
-        tables=(_counts(report), _identity(report), _recorded(report)),
+        tables=(_identity(report), _recorded(report)),
         foot=f"Made by distill {__version__}. Curves and histograms are over {found.num_targets:,} targets of "
         f"{found.num_sampled_units} units.",
     )

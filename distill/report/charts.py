@@ -5,6 +5,7 @@ page. Text stays text: it can be selected, searched, and takes the page's font. 
 """
 
 import io
+import logging
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -234,6 +235,7 @@ def calibration(points: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> Drawing:
 
 
 def _matplotlib() -> "tuple[Any, type[Figure]]":
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # without a home it tells of its cache, on several lines
     try:
         from matplotlib import rc_context
         from matplotlib.figure import Figure

@@ -1,10 +1,10 @@
 """The curves of a run flow in, what its evaluations found flows out: charts by domain, calibration, and a table."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from distill.report.charts import Chart, calibration
-from distill.report.curves import Curves
+from distill.report.curves import Curves, Points
 from distill.report.page import Table
 from distill.report.run_charts import by_domain, curve_chart
 
@@ -12,7 +12,6 @@ _KL = "KL(teacher‖student) for each trained token; 0 is the teacher itself."
 # key of a figure -> title, caption, axis
 _FIGURES = {
     "ce": ("Held-out cross-entropy", "To the data's own next token.", "nats"),
-    "perplexity": ("Held-out perplexity", "Of the data's own next token: e to the cross-entropy.", "perplexity"),
     "top1_agreement": (
         "Held-out agreement",
         "Share of tokens where the student's first choice is the teacher's.",
@@ -35,6 +34,8 @@ _FIGURES = {
 }
 _SHARES = ("top1_agreement", "top5_agreement")
 _COLUMNS = {"ce": "CE", "perplexity": "ppl", "top1_agreement": "top-1", "top5_agreement": "top-5", "ece": "ECE"}
+_FEW = 0.01  # of all tokens: chance alone moves such a bin about
+_WIDE = 10
 _FURTHER = {"contrastive": "contrastive", "feature": "feature", "attention": "attention"}
 
 
@@ -43,14 +44,15 @@ def held_out_charts(curves: Curves) -> list[Chart]:
     drawn = []
     for temperature in _temperatures(curves):
         kl = by_domain(curves, "eval/domains/", f"/kl/{temperature}")
-        drawn.append(curve_chart(curves, f"Held-out KL at T={temperature:g}", _KL, kl, marked=True))
+        title = f"Held-out KL at T={temperature:g}"
+        drawn.append(curve_chart(curves, title, _KL, kl, marked=True, log=_is_wide(kl)))
     for key, (title, caption, axis) in _FIGURES.items():
         series = by_domain(curves, "eval/domains/", f"/{key}")
         drawn.append(curve_chart(curves, title, caption, series, y=axis, marked=True))
     after = {f"after {stage.name}": stage.last["overall"] for stage in curves.stages if stage.last}
     drawn.append(_calibration("Calibration by stage", after))
     last = next((stage.last for stage in reversed(curves.stages) if stage.last), None)
-    if last is not None:
+    if last is not None and len(last["domains"]) > 1:
         drawn.append(_calibration("Calibration by domain", last["domains"]))
     return [chart for chart in drawn if chart is not None]
 
@@ -95,19 +97,27 @@ def _temperatures(curves: Curves) -> list[float]:
     return sorted((float(name) for name in held), reverse=True)
 
 
+def _is_wide(series: Mapping[str, tuple[Points, ...]]) -> bool:
+    """Whether a linear axis would hide the later, smaller values."""
+    values = [y for parts in series.values() for part in parts for _, y in part]
+    return max(values, default=0) > _WIDE * max(min(values, default=0), 0)
+
+
 def _calibration(title: str, figures: dict[str, Any]) -> Chart | None:
     """One line for each name; None where the evaluations of an older run kept no bins."""
     bins = {name: found["calibration"] for name, found in figures.items() if found.get("calibration")}
     if not bins:
         return None
-    points = {
-        name: ([part["confidence"] for part in parts], [part["accuracy"] for part in parts])
-        for name, parts in bins.items()
-    }
+    points = {}
+    for name, parts in bins.items():
+        fewest = _FEW * sum(part["num_tokens"] for part in parts)
+        drawn = [part for part in parts if part["num_tokens"] >= fewest]
+        points[name] = ([part["confidence"] for part in drawn], [part["accuracy"] for part in drawn])
     return Chart(
         title=title,
         caption="How often the student's first choice came, against the probability that it gave: below the dotted "
-        "line it is too sure of itself. Held-out tokens in bins a fifteenth wide, after the last step.",
+        "line it is too sure of itself. Held-out tokens in bins a fifteenth wide, after the last step; bins with under "
+        "1% of the tokens are in the numbers alone.",
         drawing=calibration(points),
         header=("", "probability", "share that came", "tokens"),
         rows=tuple(

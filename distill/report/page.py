@@ -34,15 +34,21 @@ class Table:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Page:
-    """What a report says, in order. ``facts`` are (number, what it counts)."""
+    """What a report says, in order. ``facts`` are (number, what it counts), ``groups`` charts under their headings."""
 
     title: str
     subtitle: str
     facts: tuple[tuple[str, str], ...]
-    charts: tuple[Chart, ...]
+    summary: Table
+    groups: tuple[tuple[str, tuple[Chart, ...]], ...]
+    views: tuple[View, ...] = ()
     tables: tuple[Table, ...]
     foot: str
-    views: tuple[View, ...] = ()
+
+    @property
+    def charts(self) -> tuple[Chart, ...]:
+        """Those of all groups."""
+        return tuple(chart for _, charts in self.groups for chart in charts)
 
 
 def to_html(page: Page) -> str:
@@ -50,12 +56,12 @@ def to_html(page: Page) -> str:
     css = _packaged("page.css")
     policy, scripts = _scripts(page)
     facts = "".join(f"<div><b>{_text(number)}</b><span>{_text(what)}</span></div>" for number, what in page.facts)
-    charts = "\n".join(_figure(chart) for chart in page.charts)
-    tables = "\n".join(
-        f'<h2>{_text(table.title)}</h2><div class="scroll">{_table(table.header, table.rows, kind=_class(table))}</div>'
-        for table in page.tables
-        if table.rows
+    groups = "\n".join(
+        f'<h2>{_text(title)}</h2>\n<div class="charts">\n{"".join(map(_figure, charts))}</div>'
+        for title, charts in page.groups
+        if charts
     )
+    tables = "\n".join(map(_section, page.tables))
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -70,10 +76,8 @@ def to_html(page: Page) -> str:
 <body>
 <header><h1>{_text(page.title)}</h1><p class="quiet">{_text(page.subtitle)}</p></header>
 <div class="facts">{facts}</div>
-<h2>Charts</h2>
-<div class="charts">
-{charts}
-</div>
+{_section(page.summary)}
+{groups}
 {views_html(page.views)}
 {tables}
 <footer>{_text(page.foot)}</footer>
@@ -106,7 +110,15 @@ def _figure(chart: Chart) -> str:
             f'<details><summary>Numbers</summary><div class="scroll">{_table(chart.header, chart.rows)}</div></details>'
         )
     words = f"<figcaption><b>{_text(chart.title)}</b><p>{_text(chart.caption)}</p></figcaption>"
-    return f"<figure>{words}\n{drawing}\n{numbers}</figure>"
+    return f"<figure>{words}\n{drawing}\n{numbers}</figure>\n"
+
+
+def _section(table: Table) -> str:
+    if not table.rows:
+        return ""
+    name = "pairs" if table.pairs else "texts" if table.texts else ""
+    rows = _table(table.header, table.rows, kind=f' class="{name}"' if name else "")
+    return f'<h2>{_text(table.title)}</h2><div class="scroll">{rows}</div>'
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], *, kind: str = "") -> str:
@@ -116,11 +128,6 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], *, kind: str = 
     head = f"<tr>{names}</tr>" if header else ""
     body = "".join("<tr>" + "".join(f"<td{_kind(cell)}>{_text(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table{kind}>{head}{body}</table>"
-
-
-def _class(table: Table) -> str:
-    name = "pairs" if table.pairs else "texts" if table.texts else ""
-    return f' class="{name}"' if name else ""
 
 
 def _kind(cell: str) -> str:

@@ -95,6 +95,19 @@ def test_a_phone_shows_it_whole_and_a_dark_one_darkly(rejecting_cache: Path, tmp
     assert dark["ground"] == "rgb(18, 21, 24)"
 
 
+def test_a_phone_shows_answers_below_their_prompt(run: Path, tmp_path: Path) -> None:
+    said = {"step": 4, "domain": "medical", "prompt": "Why?", "student": "so " * 90, "reference": "x" * 300}
+    (run / "stage1" / "samples.jsonl").write_text(json.dumps(said | {"author": "teacher"}) + "\n")
+    write_report(run, tmp_path / "page.html")
+    script = """
+        const inner = document.querySelector("iframe").contentDocument;
+        const drawn = [...inner.querySelectorAll(".texts td")].map(cell => cell.getBoundingClientRect());
+        return {right: Math.max(...drawn.map(box => box.right)), seen: drawn.filter(box => box.height > 0).length};"""
+    found = asked(tmp_path / "page.html", tmp_path, script)
+    assert found["right"] <= 390
+    assert found["seen"] == 6  # domain, prompt, twice who and what; nothing is left of cells that repeat
+
+
 def test_a_chosen_token_shows_what_both_expected(run: Path, tmp_path: Path) -> None:
     """By mouse and by keyboard; hostile text stays text; marks do not rest on colour alone."""
     write_report(run, tmp_path / "page.html")

@@ -19,7 +19,7 @@ from distill.report import curves
 from distill.report.distributions import sample
 from distill.report.html import write_report
 from distill.report.run_page import run_page
-from tests.report.conftest import step
+from tests.report.conftest import evaluation, step
 
 
 def test_the_page_of_a_cache_says_what_the_cache_holds(cache: Path, tmp_path: Path) -> None:
@@ -63,19 +63,18 @@ def test_the_page_of_a_run_joins_its_stages_on_one_axis(run: Path, tmp_path: Pat
     assert report.about == "run"
     titles = re.findall(r"<figcaption><b>(.*?)</b>", text)
     assert titles == [
-        "Training losses",
-        "Learning rate",
-        "Domains&#x27; shares",
-        "Gradient norm",
         *(f"Held-out KL at T={temperature}" for temperature in (4, 2, 1)),
         "Held-out cross-entropy",
-        "Held-out perplexity",
         "Held-out agreement",
         "Held-out agreement of five",
         "Held-out calibration error",
         "Held-out contrastive loss",
         "Calibration by stage",
         "Calibration by domain",
+        "Training losses",
+        "Learning rate",
+        "Domains&#x27; shares",
+        "Gradient norm",
     ]
     assert report.num_charts == len(titles)
     read = curves.read_run(run)
@@ -91,9 +90,9 @@ def test_every_chart_is_a_picture_beside_the_page(run: Path, tmp_path: Path) -> 
     assert report.pictures == str(tmp_path / "run-charts")
     assert len(pictures) == report.num_charts
     assert [path.name for path in pictures[:3]] == [
-        "01-training-losses.png",
-        "02-learning-rate.png",
-        "03-domains-shares.png",
+        "01-held-out-kl-at-t-4.png",
+        "02-held-out-kl-at-t-2.png",
+        "03-held-out-kl-at-t-1.png",
     ]
     for path in pictures:
         data = path.read_bytes()
@@ -130,7 +129,7 @@ def test_calibration_and_the_table_tell_each_stage_and_domain(run: Path) -> None
     by_stage, by_domain = charts["Calibration by stage"], charts["Calibration by domain"]
     assert list(dict.fromkeys(row[0] for row in by_stage.rows)) == ["after stage1", "after stage2", "after stage3"]
     assert by_domain.rows[1] == ("general", "0.900", "0.500", "1")
-    table = page.tables[0]
+    table = page.summary
     assert table.header == (
         *("", "domain", "KL T=4", "KL T=2", "KL T=1", "CE", "ppl", "top-1", "top-5", "ECE", "contrastive"),
     )
@@ -138,6 +137,27 @@ def test_calibration_and_the_table_tell_each_stage_and_domain(run: Path) -> None
     assert table.rows[3] == (
         *("after stage1", "medical", "0.4000", "", "0.4000", "2.6000", "20.0000", "29.0%", "50.0%", "0.1750", "0.5000"),
     )
+
+
+def test_the_top_of_a_runs_page_says_how_far_each_domain_came(run: Path, tmp_path: Path) -> None:
+    lines = [evaluation(0, 1.0), evaluation(4, 1.0)]
+    for line in lines:
+        del line["domains"]["general"]
+    (run / "stage3" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = run_page(run)
+    assert page.facts == (
+        ("2.00 → 0.40", "KL to the teacher at T=1, held out, general"),  # last measured after stage 2
+        ("25% → 29%", "first choices that are the teacher's, general"),
+        ("2.00 → 0.40", "KL to the teacher at T=1, held out, medical"),
+        ("25% → 29%", "first choices that are the teacher's, medical"),
+        ("4 + 4 + 4", "optimizer steps of stage1, stage2, stage3"),
+        ("800", "tokens trained on"),
+    )
+    assert "Calibration by domain" not in {chart.title for chart in page.charts}  # one domain: the same as by stage
+    write_report(run, tmp_path / "run.html")
+    text = (tmp_path / "run.html").read_text(encoding="utf-8")
+    headings = re.findall("<h2>(.*?)</h2>", text)
+    assert headings == ["Held-out figures", "Held out, over the steps", "Training, over the steps", "Token by token"]
 
 
 def test_one_stage_is_a_report_too_and_the_same_numbers_are_the_same_bytes(run: Path, tmp_path: Path) -> None:
