@@ -15,6 +15,7 @@ from typing import Self
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 _INTERVAL_S = 30.0
 
@@ -38,8 +39,10 @@ class Ticker:
         self._thread = threading.Thread(target=self._tick, name="progress", daemon=True)
         self._bar: Progress | None = None
         if sys.stderr.isatty() and not quiet:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self._bar = Progress(*columns, TextColumn("{task.fields[facts]}"), console=Console(stderr=True))
+            columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn())
+            # On a narrow terminal facts are cut, not the bar and the time left.
+            facts = TextColumn("{task.fields[facts]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"))
+            self._bar = Progress(*columns, facts, console=Console(stderr=True), expand=True)
             self._task = self._bar.add_task(label, total=total, completed=start, facts="")
 
     def update(self, done: int, **facts: str | int | float) -> None:

@@ -3,7 +3,9 @@
 What it protects: what people read in a job's log, by which they kill it or let it run.
 """
 
+import io
 import re
+import sys
 import threading
 import time
 
@@ -31,6 +33,23 @@ def test_a_job_that_hangs_still_prints_a_line_and_counts_the_stall(capsys: pytes
             text += capsys.readouterr().err
     assert "cache-teacher: 1/4  tokens 7  memory" in text
     assert "stalls 2  nothing new for 0 s  ETA" in text
+
+
+class Screen(io.StringIO):
+    """A terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_narrow_terminal_cuts_the_facts_before_the_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys, "stderr", Screen())
+    with Ticker("stage 1", total=9000) as ticker:
+        ticker.update(4500, loss=5.995, tokens_per_s=12345.6, held_out="general 1.2345, medical 2.3456")
+    assert isinstance(sys.stderr, Screen)
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", sys.stderr.getvalue())
+    assert re.search(r"stage 1 ━{10}[^\n]* 4500/9000 (\d+:\d\d:\d\d|-:--:--) loss 5.995  tokens_per_s", shown), shown
 
 
 def test_quiet_prints_nothing_and_starts_no_thread(capsys: pytest.CaptureFixture[str]) -> None:
