@@ -92,7 +92,9 @@ def losses_with_gradient(logits_NV: Tensor, targets: ChunkTargets, *, dtype: tor
     p_label_N1 = (known.p * is_label_NS[:, :-1]).sum(1, keepdim=True)
     if rest is not None:
         is_other_N1 = ~is_label_NS[:, :-1].any(1, keepdim=True)
-        p_label_N1 = p_label_N1 + is_other_N1 * (rest.at_label / temperature + offset_N1).exp()
+        # Where the label is a known id its own logit may be far above the rest's, and exp() infinite.
+        p_rest_N1 = (rest.at_label / temperature + offset_N1).exp()
+        p_label_N1 = p_label_N1 + torch.where(is_other_N1, p_rest_N1, 0.0)
     soft_NS = sum_p_N1 * (x_NS / temperature - lse_N1).exp() - torch.cat([known.at_id, p_label_N1], 1)
     hard_NS = (x_NS - lse_at_one_N1).exp() - is_label_NS.to(x_NS.dtype)
     gradient_NV.scatter_(1, ids_NS, (scales_3[1] * soft_NS + scales_3[2] * hard_NS).to(dtype))

@@ -8,6 +8,7 @@ import torch
 
 from distill.student.losses import onepass
 from distill.student.losses.fused import fused_head_losses
+from distill.student.losses.kl import TeacherTargets
 
 
 def run(problem, *, labels_N, chunk=8):
@@ -44,6 +45,29 @@ def test_the_label_may_be_any_id(make_problem, dense_kl, tail, place):
     want.backward()
     torch.testing.assert_close(losses.weighted.double(), want.detach(), rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(grad_ND.double(), exact_ND.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_a_student_that_is_sure_of_its_label_has_a_gradient():
+    """A logit 200 above the others: its share of the tail would be exp(200), though it is in the top-k."""
+    logits_NV = torch.zeros(1, 40)
+    logits_NV[0, 3] = 200.0
+    teacher = TeacherTargets(
+        topk_ids=torch.tensor([[3, 7]]),
+        topk_log_p=torch.tensor([[0.6, 0.3]]).log(),
+        log_tail=torch.tensor([0.1]).log(),
+        temperature=1.0,
+    )
+    targets = onepass.ChunkTargets(
+        teacher=teacher, labels=torch.tensor([3]), tail_logits=None, tail_bias=None, kl_weight=1.0, ce_weight=1.0
+    )
+    found = onepass.losses_with_gradient(logits_NV, targets, dtype=torch.float32)
+    leaf_NV = logits_NV.double().requires_grad_()
+    log_q_V = leaf_NV[0].log_softmax(0)
+    other_V = torch.ones(40, dtype=torch.bool).index_fill(0, teacher.topk_ids[0], False)
+    p_3 = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
+    log_q_3 = torch.stack([log_q_V[3], log_q_V[7], log_q_V[other_V].logsumexp(0)])
+    ((p_3 * (p_3.log() - log_q_3)).sum() - log_q_V[3]).backward()
+    torch.testing.assert_close(found.gradient.double(), leaf_NV.grad, rtol=1e-5, atol=1e-6)
 
 
 def test_only_large_vocabularies_are_compiled_for():
