@@ -6,12 +6,13 @@ rendering (Qwen3 drops the reasoning of earlier turns). So the words of a turn a
 - they *end* where the text that follows a marker put in their place begins in the whole rendering;
 - they *start* where the generation prompt ends, if the whole rendering begins with it (so that all that a model has
   to write itself is learnt, reasoning included), else where the marker stands;
-- the tokens that *end the turn* follow: what comes after the marker, through the first special token, if it is the same
-  with later turns and without them.
+- the tokens that *end the turn* follow: what comes after the marker, tool calls included, through a special token, if
+  it is the same with later turns and without them.
 
 Each claim is checked against the whole rendering; a conversation for which one fails is rejected, never guessed.
 """
 
+import re
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import pairwise
@@ -45,7 +46,8 @@ class ChatTemplate:
                 "(--column text=NAME)."
             )
         self._tokenizer = tokenizer
-        self._stops = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+        special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self._stops = re.compile("|".join(map(re.escape, special)) or r"(?!)")  # the latter matches nothing
         self._prompt_options = _prompt_options(source)
         try:
             self._text([{"role": "user", "content": "Hello"}])
@@ -83,16 +85,19 @@ class ChatTemplate:
         before, after = self._around(marker, marked)
         if not text.endswith(after):
             raise RowError(f"the chat template changes what follows message {index + 1}")
+        is_last = index == len(messages) - 1
+        after_alone = after if is_last else self._around(marker, marked[: index + 1])[1]
         words_end = len(text) - len(after)
+        end = words_end + self._end_length(after, after_alone, calls=bool(messages[index].get("tool_calls")))
+        if not messages[index]["content"].strip():
+            words_end = end  # a call without words stands behind their place
         prompts = [*self._generation_prompts(messages[:index]), before]
         start = next((len(p) for p in prompts if text.startswith(p) and len(p) <= words_end), None)
         if start is None:
             raise RowError(f"the chat template does not show where message {index + 1} starts")
         if not text[start:words_end].strip():
             raise RowError(f"the chat template leaves no word of message {index + 1}")
-        is_last = index == len(messages) - 1
-        after_alone = after if is_last else self._around(marker, marked[: index + 1])[1]
-        return Span(start=start, words_end=words_end, end=words_end + self._end_length(after, after_alone))
+        return Span(start=start, words_end=words_end, end=end)
 
     def _around(self, marker: str, marked: Messages) -> tuple[str, str]:
         parts = self._text(marked).split(marker)
@@ -105,14 +110,16 @@ class ChatTemplate:
             return []
         return [self._text(messages, add_generation_prompt=True, **options) for options in self._prompt_options]
 
-    def _end_length(self, after: str, after_alone: str) -> int:
+    def _end_length(self, after: str, after_alone: str, *, calls: bool) -> int:
         """Characters that end a turn, told by what follows its words with later turns and without them.
 
-        Through the first special token: generation stops there, so what the template adds after it is not learnt.
+        Through the first special token: generation stops there, so what the template adds after it is not learnt. With
+        tool calls, which special tokens may open, through the last one.
         """
-        first_stop = min((after.index(token) + len(token) for token in self._stops if token in after), default=None)
-        if first_stop is not None and after_alone.startswith(after[:first_stop]):
-            return first_stop
+        ends = (found.end() for found in self._stops.finditer(after_alone))
+        stops = [end for end in ends if after.startswith(after_alone[:end])]
+        if stops:
+            return stops[-1 if calls else 0]
         # Where the two part, what follows with later turns may already be the next turn: nothing is learnt of it.
         return len(after_alone) if after.startswith(after_alone) else 0
 

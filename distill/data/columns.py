@@ -164,9 +164,13 @@ def _messages(value: Any, column: str) -> list[dict[str, Any]]:
 def _message(item: Any, number: int) -> dict[str, Any]:
     if not isinstance(item, dict) or not isinstance(item.get("role"), str):
         raise RowError(f"message {number} is not a mapping with 'role' and 'content'")
-    if not isinstance(item.get("content"), str):
+    # A key whose value is null is one that the message lacks, but templates would print it.
+    message = {key: value for key, value in item.items() if value is not None}
+    calls = message["role"] == "assistant" and bool(message.get("tool_calls"))
+    if calls:
+        message.setdefault("content", "")
+    if not isinstance(message.get("content"), str):
         raise RowError(f"message {number}: its content is not text")
-    if item["role"] == "assistant" and not item["content"].strip():
+    if message["role"] == "assistant" and not message["content"].strip() and not calls:
         raise RowError(f"message {number}: the assistant's answer is empty")
-    # Parquet fills the keys that a message lacks with None, which templates would print.
-    return {key: value for key, value in item.items() if value is not None}
+    return message

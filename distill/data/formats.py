@@ -258,4 +258,14 @@ def arrow_rows(batch: Any, first: int) -> Iterator[RawRow]:
         except UnicodeDecodeError:
             yield RawRow(row=first + offset, problem="text that is not UTF-8")
         else:
-            yield checked(first + offset, fields)
+            yield checked(first + offset, {name: _without_absent(value) for name, value in fields.items()})
+
+
+def _without_absent(value: Any) -> Any:
+    """A value without the keys that Arrow adds with None to each struct that lacks one which another row's has.
+
+    In the arguments of a tool call a template would print them, and a student learn them.
+    """
+    if isinstance(value, dict):
+        return {key: _without_absent(part) for key, part in value.items() if part is not None}
+    return [_without_absent(part) for part in value] if isinstance(value, list) else value

@@ -6,6 +6,7 @@ or ends the assistant's turn. Plain text is trained whole.
 """
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -239,11 +240,17 @@ def _readable(example: Example) -> tuple[str, str]:
     if example.messages is None:
         return "", example.text or ""
     last = max(index for index, message in enumerate(example.messages) if message["role"] == "assistant")
-    return _transcript(example.messages[:last]), example.messages[last]["content"]
+    return _transcript(example.messages[:last]), _said(example.messages[last])
 
 
 def _transcript(messages: list[dict[str, Any]]) -> str:
     """What was said, for people."""
     if len(messages) == 1:
-        return str(messages[0]["content"])
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
+        return _said(messages[0])
+    return "\n\n".join(f"{message['role']}: {_said(message)}" for message in messages)
+
+
+def _said(message: dict[str, Any]) -> str:
+    """A message's words, or the tool calls that it has instead."""
+    calls = message.get("tool_calls")
+    return str(message["content"]) or (json.dumps(calls, ensure_ascii=False) if calls else "")

@@ -16,7 +16,7 @@ from typing import Any
 from distill.data.formats import RawRow, arrow_rows, reader_of
 from distill.errors import DataError, StorageError
 
-_READERS = 1  # raise it when the readers give other rows for the same bytes, so that no older spool is used
+_READERS = 2  # raise it when the readers give other rows for the same bytes, so that no older spool is used
 _BATCH = 16  # rows in memory together; each may be as long as a line
 
 

@@ -38,6 +38,11 @@ HEADED = (  # a header that the model has to write itself
     "{% for m in messages %}<|im_start|>{{ m.role }}{% if m.role == 'assistant' %}|final{% endif %}"
     "{{ '\n' + m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
 )
+CALLS = (  # a special token opens the calls
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% if m.tool_calls %}<|object_ref_start|>{{ m.tool_calls | tojson }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 ALTERNATES = (
     "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('roles must alternate') }}{% endif %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
@@ -95,6 +100,24 @@ def test_qwen3_tool_calls_are_words(qwen: Any) -> None:
     assert call.startswith("Let me look.\n<tool_call>\n")
     assert call.endswith("</tool_call><|im_end|>")
     assert answer == "Noon.<|im_end|>"
+
+
+@pytest.mark.parametrize("template", [None, CALLS], ids=["qwen3", "special"])
+@pytest.mark.parametrize("words", ["Let me look.", ""])
+def test_calls_train_with_words_and_without_and_what_tools_say_does_not(
+    qwen: Any, template: str | None, words: str
+) -> None:
+    calls = [{"function": {"name": "clock", "arguments": {"zone": "UTC"}}}]
+    question = [*turns("Time?"), {"role": "assistant", "content": words, "tool_calls": calls}]
+    told = [*question, {"role": "tool", "content": "12:00"}, {"role": "assistant", "content": "Noon."}]
+    call, answer = trained(qwen, told, template)
+    assert call.startswith(words or ("<tool_call>" if template is None else "<|object_ref_start|>"))
+    assert '"zone": "UTC"' in call
+    assert call.endswith("<|im_end|>")
+    assert "12:00" not in call
+    assert answer == "Noon.<|im_end|>"
+    (last,) = trained(qwen, question, template)
+    assert last.endswith(call.removeprefix(words))
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,12 @@ def test_messages_as_list_or_as_json_text() -> None:
     assert read_example({"messages": text, "id": 7}, layout).metadata == {"id": "7"}
 
 
+def test_a_tool_call_needs_no_words() -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "clock"}}]}
+    (message,) = read_example({"messages": [call]}, Layout(messages="messages")).messages or []
+    assert message == {**call, "content": ""}
+
+
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [

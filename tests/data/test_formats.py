@@ -182,6 +182,14 @@ def test_parquet_values_become_json(tmp_path: Path) -> None:
     assert problems(rows) == {1: "a binary value that is not UTF-8 text"}
 
 
+def test_keys_that_a_parquet_struct_lacks_are_not_made_up(tmp_path: Path) -> None:
+    """Arrow gives every tool call the arguments of all others; a template would print them as null."""
+    calls = [[{"name": "clock", "arguments": {"zone": "UTC"}}], [{"name": "sum", "arguments": {"of": [1, None]}}]]
+    pq.write_table(pa.table({"calls": calls}), tmp_path / "f.parquet")
+    rows = rows_of(tmp_path / "f.parquet")
+    assert [row.fields for row in rows] == [{"calls": call} for call in calls]
+
+
 def test_parquet_text_that_is_no_text(tmp_path: Path) -> None:
     broken = pa.array([b"a", b"\xff", b"b\x00", b"c"]).view(pa.string())
     pq.write_table(pa.table({"text": broken}), tmp_path / "f.parquet")

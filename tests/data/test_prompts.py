@@ -84,6 +84,22 @@ def test_every_answer_of_a_conversation_trains(name: str, run: Run, request: pyt
     assert prompt.prompt == "system: Be brief.\n\nuser: Hi\n\nassistant: Hello. \n\nuser: How?"
 
 
+def test_what_tools_say_is_read_and_not_learnt(qwen: Any, run: Run) -> None:
+    calls = [{"type": "function", "function": {"name": "clock", "arguments": {"zone": "UTC"}}}]
+    messages = [
+        {"role": "user", "content": "Time?"},
+        {"role": "assistant", "content": None, "tool_calls": calls},
+        {"role": "tool", "content": "12:00"},
+        {"role": "assistant", "content": "Noon."},
+    ]
+    (whole, asked) = only_prompts(run(qwen, [{"messages": messages}, {"messages": messages[:2]}]))
+    call = '<tool_call>\n{"name": "clock", "arguments": {"zone": "UTC"}}\n</tool_call><|im_end|>'
+    assert trained_text(qwen, whole) == call + "Noon.<|im_end|>"
+    assert "12:00" in qwen.decode(whole.input_ids)
+    assert json.loads(asked.response) == calls
+    assert json.loads(whole.prompt.split("\n\n")[1].removeprefix("assistant: ")) == calls
+
+
 def test_a_token_that_joins_the_template_and_the_answer_trains(smollm2: Any, run: Run) -> None:
     smollm2.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}<|im_end|>"
     (prompt,) = only_prompts(run(smollm2, [{"question": "Hi?", "answer": "Yo"}]))
