@@ -16,10 +16,45 @@ os.environ.update(
     OMP_NUM_THREADS="1",
 )
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from distill.records import Prompt, SequenceTargets, Targets
+
+
+def row_of(mask: Sequence[int], *, prompt: str = "", response: str = "") -> SequenceTargets:
+    """A row whose targets train where ``mask`` is 1. Token i has the id 100 + i.
+
+    The teacher's first choice for it is its own id, with probability 1/2.
+    """
+    num = len(mask)
+    ids = np.arange(100, 101 + num, dtype=np.int32)
+    numbers = np.zeros((num, 1), np.float32)
+    return SequenceTargets(
+        prompt=Prompt(
+            sequence_id="s",
+            prompt_id="p",
+            domain="general",
+            split="eval",
+            source="f.jsonl:1",
+            prompt=prompt,
+            response=response,
+            input_ids=ids,
+            loss_mask=np.array(mask, bool),
+        ),
+        targets=Targets(
+            topk_ids=ids[1:, None] + np.arange(16, dtype=np.int32),
+            topk_logprobs=np.log(np.tile([0.5, *([0.02] * 15)], (num, 1))).astype(np.float32),
+            log_z=numbers,
+            log_tail=numbers,
+            hidden={},
+            entropy=numbers[:, 0],
+        ),
+    )
 
 
 def qwen_tokenizer_folder() -> Path:

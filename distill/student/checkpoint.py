@@ -78,6 +78,7 @@ class State(_Model):
     evaluation: Evaluation | None = None  # the newest at this step or before
     settings: dict[str, JsonValue]  # what must be equal to go on; see stage.settings_of
     base: Annotated[str, AfterValidator(_stays_in_run)] | None = None  # of an adapter: see origin.py
+    base_weights: str | None = None  # their hash: see adapter.py
     sampling: tuple[Reweighting, ...] = ()  # an input to the order of the examples
     balance: dict[str, float] | None = None  # smoothed gradient norms of the losses; see balance.py
     scaler: dict[str, int | float] | None = None

@@ -16,6 +16,7 @@ from distill.cache.join import open_caches
 from distill.cache.reader import CacheReader
 from distill.config import StageConfig, TrainConfig
 from distill.errors import DataError, UsageError
+from distill.student.attention import AttentionLoss
 from distill.student.batch import NO_GROUP, DistillBatch, Example, collate, example_of, rank_batches
 from distill.student.contrast import candidates_of, contrastive_sum
 from distill.student.figures import Evaluation
@@ -27,7 +28,7 @@ from distill.student.losses.fused import chunks_of_logits
 from distill.student.losses.kl import forward_kl
 from distill.student.mixture import has_share
 from distill.student.model import Student, load_student
-from distill.student.objective import TeacherView, attention_loss_of, feature_sum
+from distill.student.objective import TeacherView, feature_sum
 from distill.student.order import permutation
 from distill.student.origin import origin_of
 from distill.student.precision import resolve_precision
@@ -56,19 +57,24 @@ class Evaluator:
         self._stage = stage
         self._ranks = ranks  # which share the rows between them, and come to the same figures
         self._divergence = None if stage is None or stage.divergence == "forward" else Divergence.of(stage)
-        self._attention = None if stage is None else attention_loss_of(student, view, stage)
 
     def __call__(
-        self, held_out: Mapping[str, Iterable[Example]], adapter: FeatureAdapter | None = None
+        self,
+        held_out: Mapping[str, Iterable[Example]],
+        adapter: FeatureAdapter | None = None,
+        attention: AttentionLoss | None = None,
     ) -> Evaluation | None:
         """Figures of the rows of each domain, and of each group that they name; None when no token is trained.
 
-        Domains that the stage does not train on have figures of their own, and are in no other's.
+        ``adapter`` and ``attention`` are the learner's. Domains that the stage does not train on have figures of their
+        own, and are in no other's.
         """
         was_training = self._student.model.training
         self._student.model.eval()
         with torch.no_grad():
-            cells = {domain: self._added(self._sums(examples, adapter)) for domain, examples in held_out.items()}
+            cells = {
+                domain: self._added(self._sums(examples, adapter, attention)) for domain, examples in held_out.items()
+            }
         self._student.model.train(was_training)
         domains: dict[str, Sums] = {}
         groups: dict[str, Sums] = {}
@@ -93,7 +99,9 @@ class Evaluator:
     def _trains_on(self, domain: str) -> bool:
         return self._stage is None or (domain in self._stage.shares and has_share(self._stage.shares[domain]))
 
-    def _sums(self, examples: Iterable[Example], adapter: FeatureAdapter | None) -> dict[str | None, Sums]:
+    def _sums(
+        self, examples: Iterable[Example], adapter: FeatureAdapter | None, attention: AttentionLoss | None
+    ) -> dict[str | None, Sums]:
         """The sums of each group of these rows."""
         by_group: dict[str | None, Sums] = {}
         walk = iter(examples)
@@ -107,7 +115,9 @@ class Evaluator:
                     members, self._config.micro_batch_tokens, self._ranks, in_step=self._student.is_sharded
                 )
                 for examples_at_once, counts in batches:
-                    self._add(sums if counts else Sums(self._temperatures), examples_at_once, adapter, candidates)
+                    part = self._of_batch(examples_at_once, adapter, attention, candidates)
+                    if counts:
+                        sums.add(part)
         return by_group
 
     def _added(self, by_group: dict[str | None, Sums]) -> dict[str | None, Sums]:
@@ -124,21 +134,27 @@ class Evaluator:
             return None
         return candidates_of(examples, self._view.projection, self._student.precision.device)
 
-    def _add(
-        self, sums: Sums, examples: list[Example], adapter: FeatureAdapter | None, candidates: Candidates | None
-    ) -> None:
+    def _of_batch(
+        self,
+        examples: list[Example],
+        adapter: FeatureAdapter | None,
+        attention: AttentionLoss | None,
+        candidates: Candidates | None,
+    ) -> Sums:
         batch = collate(examples, self._view.projection).to(self._student.precision.device)
+        sums = Sums(self._temperatures)
         hidden_ND = self._student.hidden(batch)
         self._add_head(sums, hidden_ND, batch)
-        if self._attention is not None:
-            sums.attention = (sums.attention or 0.0) + float(self._attention(batch.heads))
+        if attention is not None:
+            sums.attention = float(attention(batch.heads))
         if adapter is not None and batch.coords is not None:
             with self._student.precision.context():
-                sums.feature = (sums.feature or 0.0) + float(feature_sum(adapter, self._student, hidden_ND, batch))
+                sums.feature = float(feature_sum(adapter, self._student, hidden_ND, batch))
                 if candidates is not None and self._stage is not None:
                     temperature = self._stage.contrastive_temperature
                     value = contrastive_sum(adapter, hidden_ND, batch, candidates, temperature=temperature)
-                    sums.contrastive = (sums.contrastive or 0.0) + float(value)
+                    sums.contrastive = float(value)
+        return sums
 
     def _add_head(self, sums: Sums, hidden_ND: Tensor, batch: DistillBatch) -> None:
         head, tail = self._student.head(), self._view.tail

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from distill import __version__
 from distill.errors import CorruptionError, StorageError, UsageError
-from distill.student.model import Origin, load_causal, with_adapter
+from distill.student.adapter import refuse_other_base, with_adapter
+from distill.student.model import Origin, load_causal
 from distill.student.origin import origin_of
+from distill.student.tokenizer import save_tokenizer
 
 ExportDtype = Literal["auto", "float32", "bfloat16", "float16"]
 _PROBE_TOKENS = 64
@@ -47,13 +49,14 @@ def export_student(
     A LoRA adapter is merged into its base. ``auto`` keeps the dtype of the base (float32 for a full fine-tuning). What
     was written is loaded again and its logits are compared with the checkpoint's own on a fixed probe before the folder
     gets its name. Raises UsageError when ``out`` exists, CorruptionError for a damaged checkpoint or other logits,
-    StorageError when the disk refuses.
+    IdentityError when the base of an adapter has changed, StorageError when the disk refuses.
     """
     if out.exists():
         raise UsageError(f"{out} exists. Export into a new folder with --out, or delete the old one.")
     origin = origin_of(checkpoint)
     model = load_causal(origin.base, dtype=_dtype(dtype), trust_remote_code=trust_remote_code).eval()
     if origin.adapter is not None:
+        refuse_other_base(origin.base, origin.adapter, origin.base_weights)
         model = with_adapter(model, origin.adapter, trainable=False).eval()
     probe_1N = _probe(model)
     wanted_NV = _logits(model, probe_1N)
@@ -107,7 +110,7 @@ def _write(model: Any, origin: Origin, checkpoint: Path, *, aside: Path, trust_r
     try:
         shutil.rmtree(aside, ignore_errors=True)
         model.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
+        save_tokenizer(tokenizer, aside)
         (aside / "distill.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise _refused(aside, error) from error

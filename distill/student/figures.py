@@ -1,5 +1,6 @@
 """Held-out figures: what an evaluation finds flows out as records that checkpoints, logs and reports share."""
 
+import math
 from dataclasses import dataclass, field
 
 from distill.config import StageConfig, TailShape
@@ -31,6 +32,12 @@ class Figures:
     attention: float | None = None  # see losses.attention; None without its weight
     divergence: float | None = None  # the stage's own at its temperature, without T²; None where that is ``kl``
     calibration: tuple[CalibrationBin, ...] = ()  # what ``ece`` sums up: bins with tokens, by rising confidence
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether no logit overflowed."""
+        found = (self.ce, *self.kl.values(), self.feature, self.contrastive, self.attention, self.divergence)
+        return all(value is None or math.isfinite(value) for value in found)
 
     def objective(self, stage: StageConfig) -> float:
         """The stage's weighted loss, as ``objective.Objective`` has it but for each token."""

@@ -27,6 +27,7 @@ from distill.student.ranks import ALONE, Ranks
 from distill.student.schedule import temperature_at, weights_at
 from distill.student.sharding import gradient_norm, is_sharded, scale_gradients, whole
 from distill.student.stage import StagePlan
+from distill.student.tokenizer import save_tokenizer
 
 # Of the gradient scale of float16: a scale that training has still to bring down must not hinder a measurement.
 _MEASURING_SCALES = (1.0, 2.0**-6, 2.0**-12)
@@ -70,7 +71,7 @@ class Learner:
         needs_coords = self.adapter is not None or (weights.kl > 0 and stage.tail == "low_rank")
         self._projection = view.projection if needs_coords else None
         self._row_length = config.max_length if config.packing else None
-        self._attention = attention_loss_of(student, view, stage)
+        self.attention = attention_loss_of(student, view, stage)
         self._temperature = temperature_at(stage, 0.0)
         self._objective = self._objective_at(self._temperature)
         self._parameters = [*student.trainable(), *self._adapter_parameters()]
@@ -78,6 +79,7 @@ class Learner:
         ranks.take_first([parameter for _, parameter in self._parameters if not is_sharded(parameter)])
         self._optimizer = make_optimizer(self._parameters, config, learning_rate=stage.learning_rate)
         self._scaler = torch.amp.GradScaler(device.type, enabled=student.precision.scales_gradients)
+        self._scaler.scale(torch.zeros((), device=device))  # makes the scale, also for a rank without a sequence
 
     def step(self, examples: list[Example], number: int) -> StepFigures:
         """Take optimizer step ``number``, counted from 0, on ``examples``, which all ranks give alike.
@@ -157,7 +159,7 @@ class Learner:
             stage,
             adapter=self.adapter,
             head_chunk=self._config.head_chunk,
-            attention=self._attention,
+            attention=self.attention,
         )
 
     def _weights_at(self, number: int) -> WeightsConfig:
@@ -281,7 +283,7 @@ class Learner:
     def save(self, folder: Path, tokenizer: Any, snapshot: Snapshot) -> None:
         """Write model (the adapter alone under LoRA), tokenizer, optimizer and feature adapter into ``folder``."""
         self.student.save(folder / MODEL, snapshot.weights)
-        tokenizer.save_pretrained(folder / MODEL)
+        save_tokenizer(tokenizer, folder / MODEL)
         save_file(snapshot.optimizer, folder / OPTIMIZER)
         if snapshot.feature is not None:
             save_file(snapshot.feature, folder / FEATURE)

@@ -1,13 +1,15 @@
 """Steps, evaluations and answers flow in; ``metrics.jsonl``, ``samples.jsonl`` and points of trackers flow out."""
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from distill.config import TrainConfig
+from distill.errors import StorageError
 from distill.student.samples import Answer
 from distill.student.trackers import trackers_of
 
@@ -15,11 +17,11 @@ from distill.student.trackers import trackers_of
 class Metrics:
     """Appends to a stage's ``metrics.jsonl`` and ``samples.jsonl``; a context manager.
 
-    Lines after ``step``, which a killed process wrote and a resumed one writes again, are dropped.
+    Lines after ``step``, which a killed process wrote and a resumed one writes again, are dropped. Raises StorageError
+    when the disk refuses a line.
     """
 
     def __init__(self, folder: Path, *, step: int, config: TrainConfig, number: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self._trackers = trackers_of(config, folder, number=number, step=step)
         self._lines = _Lines(folder / "metrics.jsonl", step=step)
         self._samples = _Lines(folder / "samples.jsonl", step=step) if config.samples else None
@@ -56,18 +58,32 @@ class _Lines:
     """A file of JSON lines, each with its step, without those after ``step``."""
 
     def __init__(self, path: Path, *, step: int) -> None:
-        kept = _lines_up_to(path, step)
-        aside = path.with_name(f".{path.name}.new")
-        aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        aside.replace(path)
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
+        with self._storage_errors():
+            kept = _lines_up_to(path, step)
+            aside = path.with_name(f".{path.name}.new")
+            aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            aside.replace(path)
+            self._file = path.open("a", encoding="utf-8")
 
     def append(self, values: dict[str, Any]) -> None:
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
+        with self._storage_errors():
+            self._file.write(json.dumps(values) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # of a line that was refused before
+            self._file.close()
+
+    @contextlib.contextmanager
+    def _storage_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StorageError(
+                f"cannot write {self._path}: {error}. Checkpoints are whole. Free space or correct the rights, then "
+                "run the same command again to go on."
+            ) from error
 
 
 def _lines_up_to(path: Path, step: int) -> list[str]:

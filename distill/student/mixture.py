@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from distill.config import ShareConfig
 from distill.errors import UsageError
 
-_BLOCK = 2**16  # sequences whose shares are computed at a time
+BLOCK = 2**16  # sequences whose shares are computed at a time
 
 
 def share_at(share: ShareConfig, progress_N: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -61,8 +61,8 @@ def assign_domains(shares: Mapping[str, ShareConfig], num_sequences: int) -> NDA
     if len(shares) == 1:
         return assigned
     deficits = [0.0] * len(shares)
-    for start in range(0, num_sequences, _BLOCK):
-        stop = min(start + _BLOCK, num_sequences)
+    for start in range(0, num_sequences, BLOCK):
+        stop = min(start + BLOCK, num_sequences)
         shares_ND = scheduled_shares(shares, np.arange(start, stop) / num_sequences)
         assigned[start:stop], deficits = follow(shares_ND, deficits)
     return assigned

@@ -12,8 +12,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from distill.config import LoraConfig, TrainConfig
-from distill.errors import CorruptionError, IdentityError, UsageError
+from distill.config import TrainConfig
+from distill.errors import IdentityError, UsageError
+from distill.student.adapter import refuse_other_base, refuse_other_lora, with_adapter, with_new_adapter
 from distill.student.batch import DistillBatch
 from distill.student.losses.fused import Head, chunks_of_logits
 from distill.student.precision import Precision
@@ -22,16 +23,19 @@ from distill.student.ranks import ALONE, Ranks
 from distill.student.sharding import gathered, is_sharded, shard, wants_sharding, whole
 from distill.student.shrink import find_layers
 
-ADAPTER_FILE = "adapter_model.safetensors"
 _LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, SafetensorError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
-    """Where a student's weights come from: a plain transformers folder or hub name, and a LoRA adapter on top of it."""
+    """Where a student's weights come from: a plain transformers folder or hub name, and a LoRA adapter on top of it.
+
+    ``base_weights`` is the hash of the base's weights that the adapter was trained on, where that is known.
+    """
 
     base: str
     adapter: Path | None = None
+    base_weights: str | None = None
 
 
 class Student:
@@ -111,12 +115,14 @@ class Student:
 
     @torch.no_grad()
     def check_packing(self) -> None:
-        """Raise UsageError unless two sequences in a row keep the states that each has alone."""
+        """Raise UsageError unless sequences that share a row keep the states that each has alone."""
         was_training = self.model.training
         self.model.eval()
-        ids_BS = torch.arange(16, device=self.precision.device).remainder(self._head.vocab_size).view(2, 8)
+        device = self.precision.device
+        ids_BS = torch.arange(32, device=device).remainder(self._head.vocab_size).view(4, 8)
         alone_BSD = self._states(ids_BS)
-        together_BSD = self._states(ids_BS.view(1, 16), None, torch.arange(8).repeat(2)[None].to(ids_BS.device))
+        # Two rows, since an attention kernel may tell packed sequences apart in a batch of one row alone.
+        together_BSD = self._states(ids_BS.view(2, 16), None, torch.arange(8, device=device).repeat(2, 2))
         self.model.train(was_training)
         error = (together_BSD.view_as(alone_BSD) - alone_BSD).float().norm() / alone_BSD.float().norm()
         if not error <= 0.02:
@@ -184,8 +190,9 @@ def load_student(
     """The student at ``origin`` on its device, ready to train what ``config.tune`` says, or to be evaluated.
 
     In training its weights are spread over ``ranks`` where ``config.parallel`` says so. Raises UsageError for a model
-    that is missing, has no safetensors, or changes its logits in an unknown way; IdentityError when its head has fewer
-    rows than the cache has ids.
+    that is missing, has no safetensors, or changes its logits in an unknown way, and for an adapter that is not what
+    ``config.lora`` asks for; IdentityError when its head has fewer rows than the cache has ids, or when an adapter's
+    base has changed.
     """
     _check_config(origin.base, vocab_size, config, training=training)
     full = training and config.tune == "full"
@@ -195,13 +202,17 @@ def load_student(
     sharded = training and wants_sharding(config, model, precision, ranks)
     if not sharded and not options:  # a sharded one reaches its device in parts, a quantised one is there
         model.to(precision.device)
-    head = _head_of(model, vocab_size, precision)
-    _check_head(model, head)
     if origin.adapter is not None:
+        base, adapter, expected = origin.base, origin.adapter, origin.base_weights
+        ranks.first(lambda: refuse_other_base(base, adapter, expected))
         model = with_adapter(model, origin.adapter, trainable=training and not full)
+        if training and not full:
+            refuse_other_lora(model, origin.adapter, config.lora)
         model = model.merge_and_unload() if full else model
     elif training and not full:
-        model = _with_new_adapter(model, config.lora)
+        model = with_new_adapter(model, config.lora)
+    head = _head_of(causal_of(model), vocab_size, precision)
+    _check_head(causal_of(model), head)
     if full or not training:
         model.requires_grad_(full)
     if training and config.gradient_checkpointing:
@@ -219,9 +230,9 @@ def load_student(
 
 
 def load_causal(base: str, *, dtype: torch.dtype | str, trust_remote_code: bool, **options: Any) -> Any:
-    """A causal language model from safetensors; nothing is unpickled. ``options`` go to transformers.
+    """A causal language model from safetensors that can be saved again; nothing is unpickled.
 
-    Raises UsageError when it cannot be loaded.
+    ``options`` go to transformers. Raises UsageError when it cannot be loaded.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -244,7 +255,24 @@ def load_causal(base: str, *, dtype: torch.dtype | str, trust_remote_code: bool,
             f"the weights of {base} lack {len(missing)} parameters, {missing[0]} among them, which would be random. "
             "Use a complete model folder."
         )
+    _settle_generation(model)
     return model
+
+
+def _settle_generation(model: Any) -> None:
+    """Keep a contradictory generation_config.json, which transformers loads, from being refused when it is saved.
+
+    Many models advise a temperature and say that nothing is to be drawn. The ids that end an answer are kept.
+    """
+    from transformers import GenerationConfig
+
+    given = model.generation_config  # None for some models that bring code of their own
+    try:
+        if given is not None:
+            given.validate(strict=True)
+    except ValueError:
+        kept = {name: getattr(given, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        model.generation_config = GenerationConfig(**kept)
 
 
 def _cannot_load(base: str, error: Exception) -> UsageError:
@@ -277,11 +305,12 @@ def _check_config(base: str, vocab_size: int, config: TrainConfig, *, training: 
 
 
 def _head_of(model: Any, vocab_size: int, precision: Precision) -> Head:
+    """The head, once adapters are in place: the losses, which use its weight alone, would pass over one on it."""
     projection = model.get_output_embeddings()
     if not isinstance(projection, nn.Linear) or model.base_model is model:
         raise UsageError(
-            f"{type(model).__name__} has no plain linear LM head on a decoder of its own, which the losses need. Use "
-            "another student."
+            f"{type(model).__name__} has no plain linear LM head on a decoder of its own, without an adapter, which "
+            "the losses need. Use another student, or make a plain model of the adapter with `distill export`."
         )
     config = model.config.get_text_config()
     return Head(
@@ -314,53 +343,4 @@ def _check_head(model: Any, head: Head) -> None:
         raise UsageError(
             f"{type(model).__name__} does something to its logits that distill does not know of: they differ by up to "
             f"{error:.3g} from head times hidden state. Use another student."
-        )
-
-
-def with_adapter(model: Any, folder: Path, *, trainable: bool) -> Any:
-    """peft's wrapper of ``model`` with the adapter in ``folder``. Raises UsageError and CorruptionError as they say."""
-    from peft import PeftModel
-
-    if not (folder / ADAPTER_FILE).is_file():
-        raise UsageError(f"{folder} has no {ADAPTER_FILE}; adapters of another format are never loaded. Check --from.")
-    try:
-        adapted = PeftModel.from_pretrained(model, folder, is_trainable=trainable, use_safetensors=True)
-    except (ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        reason = str(error).partition("\n")[0]
-        raise CorruptionError(
-            f"the adapter in {folder} does not fit its base model: {reason}. Restore it from a copy, or start from "
-            "another checkpoint with --from."
-        ) from error
-    return adapted
-
-
-def _with_new_adapter(model: Any, lora: LoraConfig) -> Any:
-    import peft
-
-    _check_targets(model, lora.target_modules)
-    settings = peft.LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=list(lora.target_modules),
-        task_type="CAUSAL_LM",
-    )
-    return peft.get_peft_model(model, settings)
-
-
-def _check_targets(model: Any, targets: tuple[str, ...]) -> None:
-    """peft passes over names that match nothing as long as one matches, and trains less than was asked for."""
-    names = [name for name, _ in model.named_modules()]
-    linear = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    unmatched = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in names)]
-    if unmatched or not targets:
-        raise UsageError(
-            f"lora.target_modules: {', '.join(unmatched) or 'none is named'}; no module of the student has such a "
-            f"name. Its linear layers are {', '.join(sorted(linear))}."
-        )
-    head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
-    if any(f".{head}".endswith(f".{target}") for target in targets):
-        raise UsageError(
-            f"lora.target_modules names the LM head ({head}), which the losses multiply with themselves, so that it "
-            "cannot carry an adapter. Leave it away, or train with tune: full."
         )

@@ -39,7 +39,9 @@ def origin_of(source: str | Path) -> Origin:
 def origin_of_checkpoint(folder: Path, state: State) -> Origin:
     """Where the weights of a verified checkpoint come from. Raises DataError when the base of an adapter is gone."""
     model = folder / MODEL
-    return Origin(base=str(model)) if state.base is None else Origin(base=_found(state.base, folder), adapter=model)
+    if state.base is None:
+        return Origin(base=str(model))
+    return Origin(base=_found(state.base, folder), adapter=model, base_weights=state.base_weights)
 
 
 def recorded_base(base: str, run: Path) -> str:

@@ -6,6 +6,8 @@ import torch
 
 from distill.errors import UsageError
 
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Precision:
@@ -13,6 +15,11 @@ class Precision:
 
     device: torch.device
     compute_dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        """What ``train.precision`` calls it."""
+        return next(name for name, dtype in _DTYPES.items() if dtype == self.compute_dtype)
 
     @property
     def autocast(self) -> bool:
@@ -38,8 +45,7 @@ def resolve_precision(device: str, precision: str) -> Precision:
     if precision == "auto":
         has_bf16 = resolved.type == "cuda" and torch.cuda.is_bf16_supported()
         precision = "bf16" if has_bf16 else "fp32"
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    return Precision(device=resolved, compute_dtype=dtypes[precision])
+    return Precision(device=resolved, compute_dtype=_DTYPES[precision])
 
 
 def _device(name: str) -> torch.device:

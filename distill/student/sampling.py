@@ -19,12 +19,11 @@ from distill.errors import DataError, UsageError
 from distill.student.batch import group_of
 from distill.student.checkpoint import Reweighting
 from distill.student.figures import Evaluation
-from distill.student.mixture import follow, scheduled_shares
+from distill.student.mixture import BLOCK, follow, scheduled_shares
 from distill.student.order import UnitRows
 
 _SMOOTHING = 0.5  # part of the former weight in the new one
 _MOST_CELLS = 255  # each keeps a window of shards in memory
-_BLOCK = 2**16  # sequences whose shares are computed at a time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,8 +116,8 @@ class Sampler:
         """Assign the sequences from ``position`` up to the next evaluation. Call it once for each, in their order."""
         length = self._stage.eval_every * self._stage.batch_size
         last = min(reweighting.position + length, len(self._assigned))
-        for start in range(reweighting.position, last, _BLOCK):
-            stop = min(start + _BLOCK, last)
+        for start in range(reweighting.position, last, BLOCK):
+            stop = min(start + BLOCK, last)
             shares_NC = self._cell_shares(np.arange(start, stop) / len(self._assigned), reweighting.weights)
             self._assigned[start:stop], self._deficits = follow(shares_NC, self._deficits)
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from distill.errors import StorageError, UsageError
+from distill.student.tokenizer import save_tokenizer
 
 _RECORD = "distill.json"
 _EARLIER = {"layer_choice": "even"}  # of folders that were made before there was a choice
@@ -44,7 +45,7 @@ def shrunken_student(
     try:
         shutil.rmtree(aside, ignore_errors=True)
         model.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
+        save_tokenizer(tokenizer, aside)
         (aside / _RECORD).write_text(json.dumps({**record, "layers": kept}, indent=2) + "\n", encoding="utf-8")
         aside.rename(folder)
     except OSError as error:

@@ -19,12 +19,10 @@ from distill.cache.reader import CacheReader
 from distill.config import ShareConfig, StageConfig, TrainConfig, WeightsConfig
 from distill.errors import DataError, IdentityError, UsageError
 from distill.student.checkpoint import State
-from distill.student.mixture import assign_domains, has_share, scheduled_shares
+from distill.student.mixture import BLOCK, assign_domains, has_share, scheduled_shares
 from distill.student.order import DomainOrder
 from distill.student.sampling import Cell, Sampler, cells_of
 from distill.student.schedule import weights_at
-
-_BLOCK = 2**16  # sequences whose shares are computed at a time
 
 # Keys that change speed, memory or place, but neither what is learned nor in which order.
 _FREE = frozenset(
@@ -273,7 +271,7 @@ def _check_domains(number: int, domains: Sequence[str], reader: CacheReader) -> 
 def _scheduled_counts(shares: dict[str, ShareConfig], num_steps: int, batch_size: int) -> NDArray[np.float64]:
     """Scheduled sequences of each domain up to each step: [steps + 1, D]."""
     counts = np.zeros((num_steps + 1, len(shares)))
-    block = max(1, _BLOCK // batch_size)
+    block = max(1, BLOCK // batch_size)
     for start in range(0, num_steps, block):
         stop = min(start + block, num_steps)
         progress_N = np.arange(start * batch_size, stop * batch_size) / (num_steps * batch_size)

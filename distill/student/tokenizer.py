@@ -1,5 +1,6 @@
 """A student's tokenizer and a cache flow in; the tokenizer flows out where both mean the same by every id."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,17 @@ def load_tokenizer(folder: str, *, trust_remote_code: bool) -> Any:
             f"cannot load a tokenizer from {folder}: {reason}. --student needs a model folder or hub name with its "
             "tokenizer files."
         ) from error
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write the files of a tokenizer. Raises OSError where the disk refuses, as other files do."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # the library, which is no Python, knows no other
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), str(error)) from error
 
 
 def _difference(student: Mapping[str, int], teacher_dir: Path) -> str:

@@ -25,6 +25,7 @@ from distill.errors import CorruptionError, DataError, RetryError
 from distill.interrupt import Interrupt
 from distill.progress import Ticker
 from distill.student import checkpoint
+from distill.student.adapter import weights_of
 from distill.student.batch import Example
 from distill.student.checkpoint import OPTIMIZER, Best, Reweighting, State
 from distill.student.evaluate import Evaluator, held_out_examples
@@ -35,7 +36,7 @@ from distill.student.metrics import Metrics
 from distill.student.model import Origin, load_student
 from distill.student.objective import TeacherView
 from distill.student.origin import origin_of, origin_of_checkpoint, recorded_base
-from distill.student.precision import resolve_precision
+from distill.student.precision import Precision, resolve_precision
 from distill.student.quantised import refuse_unusable
 from distill.student.ranks import Ranks
 from distill.student.result import StageResult, write_config
@@ -78,9 +79,11 @@ def _train_stage(config: TrainConfig, number: int, *, start: Path | None, quiet:
         resumed, state = None, State(stage=number, step=0, position=0, finished=False, settings=settings)
         origin = ranks.first(lambda: _first_origin(config, number, start, reader))
     tokenizer = matching_tokenizer(origin.base, reader, trust_remote_code=config.trust_remote_code)
-    ranks.first(lambda: write_config(folder, config, plan=plan, reader=reader, start=_start_name(number, start)))
+    precision = resolve_precision(ranks.device(config.device), config.precision)
+    resolved = config.model_copy(update={"device": str(precision.device), "precision": precision.name})
+    ranks.first(lambda: write_config(folder, resolved, plan=plan, reader=reader, start=_start_name(number, start)))
     run = _Run(config, plan, reader, state=state, quiet=quiet, ranks=ranks)
-    run.load(origin, tokenizer, resumed=resumed, start=start)
+    run.load(origin, tokenizer, precision=precision, resumed=resumed, start=start)
     for note in [*notes, *run.notes]:
         _say(note, quiet=quiet)
     run.train()
@@ -110,10 +113,11 @@ class _Run:
         self._metrics: Metrics | None = None  # of the first rank, while it trains
         self.notes: list[str] = []
 
-    def load(self, origin: Origin, tokenizer: Any, *, resumed: Path | None, start: Path | None) -> None:
+    def load(
+        self, origin: Origin, tokenizer: Any, *, precision: Precision, resumed: Path | None, start: Path | None
+    ) -> None:
         """Load the student and all that trains it; from ``resumed`` where there is such a checkpoint."""
         config, plan = self._config, self._plan
-        precision = resolve_precision(self._ranks.device(config.device), config.precision)
         torch.manual_seed(derived_seed(config.seed, plan.number, "lora"))
         student = load_student(
             config,
@@ -125,7 +129,10 @@ class _Run:
         )
         view = TeacherView.of(self._reader, precision)
         self._tokenizer = tokenizer
-        self._base = recorded_base(origin.base, Path(config.out)) if config.tune == "lora" else None
+        if config.tune == "lora":
+            weights = origin.base_weights or self._ranks.first(lambda: weights_of(origin.base))
+            base = recorded_base(origin.base, Path(config.out))
+            self._state = self._state.model_copy(update={"base": base, "base_weights": weights})
         self._learner = Learner(student, view, config, plan, self._ranks)
         if resumed is not None:
             self._learner.restore(resumed, self._state)
@@ -209,9 +216,10 @@ class _Run:
         }
 
     def _evaluate(self) -> None:
-        evaluation = self._evaluator(self._held_out, self._learner.adapter)
+        evaluation = self._evaluator(self._held_out, self._learner.adapter, self._learner.attention)
         step, best = self._state.step, self._state.best
         if evaluation is not None:
+            self._refuse_overflow(evaluation)
             objective = evaluation.objective(self._plan.stage)
             self._log("eval", {"objective": objective, **asdict(evaluation)})
         if self._plan.sampler is not None and not self._state.finished:
@@ -221,6 +229,17 @@ class _Run:
         if step > 0 and (best is None or objective < best.objective):
             best = Best(step=step, objective=objective)
         self._state = self._state.model_copy(update={"evaluation": evaluation, "best": best})
+
+    def _refuse_overflow(self, evaluation: Evaluation) -> None:
+        """Raise DataError for figures that neither choose a best checkpoint nor say what to sample."""
+        wrong = [domain for domain, figures in evaluation.domains.items() if not figures.is_finite]
+        if wrong:
+            number, step = self._plan.number, self._state.step
+            raise DataError(
+                f"the held-out loss of {' and '.join(wrong)} is not finite at step {step} of stage {number}, so "
+                "nothing tells which checkpoint is best. Earlier ones are whole. Use --precision bf16 or fp32, or a "
+                f"lower stages.{number}.learning_rate, and train into another --out."
+            )
 
     def _ask(self, ticker: Ticker) -> None:
         """Let the student answer and read a little, for people; its weights may be spread over all ranks."""
@@ -241,9 +260,7 @@ class _Run:
         self._state = self._state.model_copy(update={"sampling": (*former, reweighting)})
 
     def _save(self) -> None:
-        state = self._state.model_copy(
-            update={"base": self._base, "balance": self._learner.norms, "scaler": self._learner.scaler_state()}
-        )
+        state = self._state.model_copy(update={"balance": self._learner.norms, "scaler": self._learner.scaler_state()})
         snapshot = self._learner.snapshot()
         self._ranks.first(lambda: self._write(state, snapshot))
 
@@ -291,8 +308,9 @@ def _publish(folder: Path, source: Path, state: State) -> None:
 
 
 def _stands_at(folder: Path, step: int) -> bool:
+    """Whether ``folder`` is the checkpoint of a step, whole: bytes of a damaged one may also be those of its links."""
     try:
-        return checkpoint.read_state(folder).step == step
+        return checkpoint.read_state(folder).step == step and checkpoint.read_checkpoint(folder).step == step
     except CorruptionError:  # missing as well
         return False
 

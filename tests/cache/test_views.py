@@ -9,40 +9,11 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
 from distill.cache.views import NUM_CHOICES, Record, expected_of, view_of, window_of, with_student
-from distill.records import Prompt, SequenceTargets, Targets
+from tests.conftest import row_of
 
 
 def decode(ids):
     return " ".join(f"w{number}" for number in ids)
-
-
-def row_of(mask):
-    """Token i has id 100 + i; the teacher's first choice for it is its own id, with probability 1/2."""
-    num = len(mask)
-    ids = np.arange(100, 101 + num, dtype=np.int32)
-    logprobs = np.log(np.tile([0.5, *([0.02] * 15)], (num, 1))).astype(np.float32)
-    numbers = np.zeros((num, 1), np.float32)
-    return SequenceTargets(
-        prompt=Prompt(
-            sequence_id="s",
-            prompt_id="p",
-            domain="general",
-            split="eval",
-            source="f.jsonl:1",
-            prompt="",
-            response="",
-            input_ids=ids,
-            loss_mask=np.array(mask, bool),
-        ),
-        targets=Targets(
-            topk_ids=ids[1:, None] + np.arange(16, dtype=np.int32),
-            topk_logprobs=logprobs,
-            log_z=numbers,
-            log_tail=numbers,
-            hidden={},
-            entropy=numbers[:, 0],
-        ),
-    )
 
 
 def test_each_token_has_the_target_that_describes_it():

@@ -1,9 +1,11 @@
 """A tiny real teacher, a tiny student that shares its tokenizer, and caches filled from the teacher's forward pass."""
 
+import contextlib
 import json
 import os
+import resource
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -238,6 +240,17 @@ def configured(world: World, tmp_path: Path) -> Callable[..., TrainConfig]:
     return configure
 
 
+@contextlib.contextmanager
+def room_for(num_bytes: int) -> Iterator[None]:
+    """Meanwhile no file of this process can grow beyond ``num_bytes``, as if the disk were full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 def stop_at(monkeypatch: pytest.MonkeyPatch, *, step: int) -> None:
     """From now on a signal comes when a trainer has written what it measured at ``step``."""
     log = Metrics.log
@@ -248,6 +261,19 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, *, step: int) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(Metrics, "log", with_signal)
+
+
+def logged(run: Path, kind: str, stage: int = 1) -> list[dict[str, Any]]:
+    """The lines of a kind in a stage's metrics.jsonl."""
+    text = (run / f"stage{stage}" / "metrics.jsonl").read_text(encoding="utf-8")
+    return [line for line in map(json.loads, text.splitlines()) if line["kind"] == kind]
+
+
+def without_times(run: Path, stage: int = 1) -> list[dict[str, Any]]:
+    """All lines of a stage's metrics.jsonl, without the figures of the clock."""
+    text = (run / f"stage{stage}" / "metrics.jsonl").read_text(encoding="utf-8")
+    timed = ("time", "tokens_per_second")
+    return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in text.splitlines()]
 
 
 def captured_cache(world: World, root: Path, *, num_rows: int, calibration_tokens: int, **targets: Any) -> Path:

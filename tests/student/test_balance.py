@@ -1,23 +1,16 @@
 """Protects gradient balancing: measured norms are the true ones, weights follow the equation, a resume is exact."""
 
-import json
-
 import pytest
 
 from distill.errors import RetryError
 from distill.student import checkpoint
 from distill.student.balance import balanced, smoothed
 from distill.student.trainer import train_stage
-from tests.student.conftest import stop_at
+from tests.student.conftest import logged, stop_at
 
 WEIGHTS = {"kl": 0.7, "ce": 0.3, "feature": 0.2, "contrastive": 0.1}
 BALANCED = {"balance": True, "balance_every": 3, "temperature": 2.0, "weights": WEIGHTS}
 LORA = {"tune": "lora", "lora": {"r": 4, "dropout": 0.0, "target_modules": ["q_proj", "up_proj", "down_proj"]}}
-
-
-def train_lines(run):
-    text = (run / "stage1" / "metrics.jsonl").read_text()
-    return [line for line in map(json.loads, text.splitlines()) if line["kind"] == "train"]
 
 
 def test_each_loss_gets_its_part_of_the_gradient_and_the_whole_stays():
@@ -60,7 +53,7 @@ def test_measured_norms_are_those_of_training_on_one_loss_alone(configured, tmp_
     for name in ("kl", "ce"):
         stage = {"temperature": 2.0, "max_steps": 1, "weights": {"kl": 0, "ce": 0, name: 1}}
         train_stage(configured(stage=stage, out=str(tmp_path / name), **LORA), 1, quiet=True)
-        single[name] = train_lines(tmp_path / name)[0]["grad_norm"]
+        single[name] = logged(tmp_path / name, "train")[0]["grad_norm"]
     stage = {**BALANCED, "max_steps": 1, "weights": {"kl": 0.7, "ce": 0.3}}
     train_stage(configured(stage=stage, **LORA, **changes), 1, quiet=True)
     assert checkpoint.read_state(tmp_path / "run" / "stage1" / "last").balance == pytest.approx(single, rel=1e-3)
@@ -72,14 +65,14 @@ def test_each_domain_gets_its_share_of_the_gradient(configured, tmp_path):
     train_stage(configured(stage={**stage, "balance": "domain"}, **LORA), 1, quiet=True)
     norms = checkpoint.read_state(tmp_path / "run" / "stage1" / "last").balance
     assert set(norms) == {"domain/general", "domain/medical"}
-    assert train_lines(tmp_path / "run")[0]["gradient_norms"] == pytest.approx(norms)
-    factors = train_lines(tmp_path / "run")[0]["domain_weights"]
+    assert logged(tmp_path / "run", "train")[0]["gradient_norms"] == pytest.approx(norms)
+    factors = logged(tmp_path / "run", "train")[0]["domain_weights"]
     parts = {domain: factor * norms[f"domain/{domain}"] for domain, factor in factors.items()}
     assert parts["general"] == pytest.approx(parts["medical"])  # their shares are equal
     assert sum(parts.values()) == pytest.approx(sum(norms.values()))
     alone = {"temperature": 2.0, "max_steps": 1, "batch_size": 6, "shares": {"medical": 1}}
     train_stage(configured(stage=alone, out=str(tmp_path / "alone"), **LORA), 1, quiet=True)
-    assert norms["domain/medical"] == pytest.approx(train_lines(tmp_path / "alone")[0]["grad_norm"], rel=1e-3)
+    assert norms["domain/medical"] == pytest.approx(logged(tmp_path / "alone", "train")[0]["grad_norm"], rel=1e-3)
 
 
 @pytest.mark.parametrize("tune", [LORA, {"tune": "full"}, {**LORA, "precision": "fp16"}], ids=["lora", "full", "fp16"])
@@ -91,13 +84,13 @@ def test_a_stopped_run_goes_on_with_the_same_weights(configured, tmp_path, monke
         train_stage(configured(stage=BALANCED, **tune), 1, quiet=True)
     monkeypatch.undo()
     train_stage(configured(stage=BALANCED, **tune), 1, quiet=True)
-    ours, theirs = ([(line["losses"], line["weights"]) for line in train_lines(run)] for run in (parted, whole))
+    ours, theirs = ([(line["losses"], line["weights"]) for line in logged(run, "train")] for run in (parted, whole))
     assert ours == theirs
-    weights = [list(line["weights"].values()) for line in train_lines(whole)]
+    weights = [list(line["weights"].values()) for line in logged(whole, "train")]
     assert weights[0] == weights[1] == weights[2] != weights[3]
-    assert set(train_lines(whole)[0]["weights"]) == set(WEIGHTS)
+    assert set(logged(whole, "train")[0]["weights"]) == set(WEIGHTS)
     if tune.get("precision") != "fp16":  # which may overflow in the first measurement
-        assert ["gradient_norms" in line for line in train_lines(whole)] == [i in (0, 3, 6) for i in range(8)]
+        assert ["gradient_norms" in line for line in logged(whole, "train")] == [i in (0, 3, 6) for i in range(8)]
     assert weights[0] != list(WEIGHTS.values())
 
 
@@ -107,7 +100,7 @@ def test_measuring_changes_neither_dropout_nor_order(configured, tmp_path):
     stage = {"weights": {"kl": 1, "ce": 0}}
     train_stage(configured(stage=stage, out=str(tmp_path / "plain"), **lora), 1, quiet=True)
     train_stage(configured(stage={**stage, "balance": True, "balance_every": 2}, **lora), 1, quiet=True)
-    ours, plain = ([line["losses"] for line in train_lines(tmp_path / name)] for name in ("run", "plain"))
+    ours, plain = ([line["losses"] for line in logged(tmp_path / name, "train")] for name in ("run", "plain"))
     assert ours == plain
 
 
@@ -116,7 +109,7 @@ def test_norms_to_look_at_change_nothing_of_what_is_learned(configured, tmp_path
     stage = {**BALANCED, "balance": balance, "shares": {"general": 1, "medical": 1}}
     train_stage(configured(stage=stage, out=str(tmp_path / "blind"), **LORA), 1, quiet=True)
     train_stage(configured(stage={**stage, "norms_every": 4}, **LORA), 1, quiet=True)
-    ours, theirs = train_lines(tmp_path / "run"), train_lines(tmp_path / "blind")
+    ours, theirs = logged(tmp_path / "run", "train"), logged(tmp_path / "blind", "train")
     assert [line["losses"] for line in ours] == [line["losses"] for line in theirs]
     names = {*WEIGHTS, "domain/general", "domain/medical"}
     assert [set(line["gradient_norms"]) for line in ours if line["step"] in (1, 5)] == [names, names]

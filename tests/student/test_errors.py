@@ -16,12 +16,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from distill.cache.reader import CacheReader
 from distill.data.chat import ChatTemplate
 from distill.errors import CorruptionError, DataError, StorageError, UsageError
+from distill.student.adapter import with_adapter
 from distill.student.benchmarks import run_tasks
 from distill.student.choices import scored_choice
 from distill.student.evaluate import Subject, held_out_figures
 from distill.student.export import export_student
 from distill.student.layers import chosen_layers
-from distill.student.model import _head_of, with_adapter
+from distill.student.model import _head_of
 from distill.student.objective import _inner_pairs, _teacher_layers
 from distill.student.origin import origin_of
 from distill.student.precision import resolve_precision

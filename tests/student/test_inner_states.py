@@ -1,6 +1,5 @@
 """Protects the feature loss on inner layers: aligned with what capture kept, trained, saved, resumed and refused."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from distill.student.objective import TeacherView, feature_adapter_of, feature_s
 from distill.student.precision import resolve_precision
 from distill.student.shrink import evenly_spaced, same_depth
 from distill.student.trainer import train_stage
+from tests.student.conftest import logged
 
 LAYERS = (0, 1)
 
@@ -83,9 +83,7 @@ def test_the_loss_alone_brings_the_student_nearer(inner_cache, configured, tmp_p
             gradient_checkpointing=True,
         ).model_copy(update={"out": str(tmp_path / layers)})
         train_stage(config, 1, quiet=True)
-        text = Path(config.out, "stage1", "metrics.jsonl").read_text(encoding="utf-8")
-        lines = [json.loads(line) for line in text.splitlines()]
-        values = [line["overall"]["feature"] for line in lines if line["kind"] == "eval"]
+        values = [line["overall"]["feature"] for line in logged(Path(config.out), "eval")]
         assert values[-1] < 0.9 * values[0]
         runs[layers] = load_file(Path(config.out, "stage1", "last", "feature.safetensors"))
     assert set(runs["auto"]) - set(runs["none"]) == {

@@ -1,7 +1,6 @@
 """Protects training on what a cache may hold besides: ids drawn from the teacher, and queries and keys of its heads."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +10,14 @@ import torch
 from distill.cache.reader import CacheReader
 from distill.config import StageConfig
 from distill.errors import IdentityError, UsageError
+from distill.student.attention import AttentionLoss
 from distill.student.batch import collate, example_of
 from distill.student.model import Origin, load_student
 from distill.student.objective import Objective, TeacherView, attention_loss_of
 from distill.student.precision import resolve_precision
 from distill.student.stage import plan_stage
 from distill.student.trainer import train_stage
-from tests.student.conftest import captured_cache
+from tests.student.conftest import captured_cache, logged
 
 NUM_SAMPLES, HEADS = 6, {1: (0, 3)}
 
@@ -89,6 +89,22 @@ def test_the_teacher_itself_has_nearly_no_attention_loss_and_another_model_has(w
     assert values["student"] > 20 * values["teacher"]
 
 
+def test_a_run_asks_each_attention_layer_once(cache, configured, monkeypatch):
+    """What trains also evaluates: a second hook would leave a graph of queries and keys behind in every step."""
+    asked = []
+    keeper = AttentionLoss._keeper
+
+    def counted(self, layer):
+        asked.append(layer)
+        return keeper(self, layer)
+
+    monkeypatch.setattr(AttentionLoss, "_keeper", counted)
+    stage = {"weights": {"kl": 0.5, "ce": 0.2, "attention": 0.3}, "max_steps": 1}
+    result = train_stage(configured(cache=str(cache), stage=stage), 1, quiet=True)
+    assert asked == [3]
+    assert result.evaluation.overall.attention > 0
+
+
 def test_a_stage_trains_on_draws_and_attention(cache, configured):
     stage = {
         "tail": "sampled",
@@ -99,11 +115,9 @@ def test_a_stage_trains_on_draws_and_attention(cache, configured):
     }
     config = configured(cache=str(cache), stage=stage, tune="lora", gradient_checkpointing=True)
     result = train_stage(config, 1, quiet=True)
-    text = Path(config.out, "stage1", "metrics.jsonl").read_text(encoding="utf-8")
-    lines = [json.loads(line) for line in text.splitlines()]
-    trained = [line for line in lines if line["kind"] == "train"]
-    assert all({"kl", "ce", "attention"} <= set(line["losses"]) for line in trained)
-    measured = [line["overall"]["attention"] for line in lines if line["kind"] == "eval"]
+    run = Path(config.out)
+    assert all({"kl", "ce", "attention"} <= set(line["losses"]) for line in logged(run, "train"))
+    measured = [line["overall"]["attention"] for line in logged(run, "eval")]
     assert measured[-1] < measured[0]
     assert result.evaluation.overall.attention == measured[-1]
 

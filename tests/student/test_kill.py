@@ -3,7 +3,6 @@
 Most kills strike a forked copy of this process, which has all libraries loaded; one strikes a fresh interpreter.
 """
 
-import json
 import os
 import shutil
 import signal
@@ -18,6 +17,7 @@ import torch
 from distill.student import checkpoint, learner
 from distill.student.metrics import Metrics
 from distill.student.trainer import train_stage
+from tests.student.conftest import without_times
 
 STAGE = {
     "temperature": 2.0,
@@ -30,12 +30,6 @@ STAGE = {
     "shares": {"general": {"schedule": "linear", "start": 0.7, "end": 0.3}, "medical": 0.5},
 }
 LORA = {"tune": "lora", "lora": {"r": 4, "dropout": 0.1, "target_modules": ["q_proj", "up_proj", "down_proj"]}}
-
-
-def without_times(run):
-    text = (run / "stage1" / "metrics.jsonl").read_text()
-    timed = ("time", "tokens_per_second")
-    return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in text.splitlines()]
 
 
 def die(*_args, **_kwargs):

@@ -3,15 +3,18 @@
 import dataclasses
 import itertools
 import json
+import shutil
 
 import pytest
 import torch
 
 from distill.config import LoraConfig, TrainConfig
 from distill.errors import IdentityError, UsageError
+from distill.student.export import export_student
 from distill.student.model import Origin, load_causal, load_student
 from distill.student.precision import resolve_precision
 from distill.student.shrink import evenly_spaced, keep_layers, shrunken_student
+from distill.student.trainer import train_stage
 
 VOCAB = 300
 
@@ -134,6 +137,19 @@ def test_pickled_and_incomplete_weights_are_refused(world, tmp_path):
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UsageError, match="would be random"):
         load(world, base=tmp_path)
+
+
+@pytest.mark.parametrize("tune", ["full", "lora"])
+def test_contradictory_advice_on_generation_neither_stops_a_run_nor_an_export(configured, world, tmp_path, tune):
+    """transformers loads such a generation_config.json and refuses to save it, when a stage has been trained."""
+    base = tmp_path / "student"
+    shutil.copytree(world.student, base)
+    advice = {"do_sample": False, "temperature": 0.9, "eos_token_id": [7, 9]}
+    (base / "generation_config.json").write_text(json.dumps(advice))
+    best = train_stage(configured(student=str(base), tune=tune, stage={"max_steps": 1}), 1, quiet=True).best
+    exported = export_student(best, tmp_path / "exported").folder
+    assert json.loads((exported / "generation_config.json").read_text())["eos_token_id"] == [7, 9]
+    shrunken_student(str(base), 2, folder=tmp_path / "small", trust_remote_code=False)
 
 
 def test_a_head_that_scales_or_caps_its_logits_is_matched(tmp_path):

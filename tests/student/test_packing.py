@@ -79,6 +79,16 @@ def test_a_student_that_would_mix_packed_sequences_is_refused(world, monkeypatch
     student_of(world, packing=False)
 
 
+def test_a_student_that_keeps_them_apart_in_one_row_alone_is_refused(world, monkeypatch):
+    """As kernels of variable length do, which take several rows for sequences that nothing was packed into."""
+    from transformers import masking_utils
+
+    find = masking_utils.find_packed_sequence_indices
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda ids: find(ids) if len(ids) == 1 else None)
+    with pytest.raises(UsageError, match="lets packed sequences attend to each other"):
+        student_of(world, packing=True)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     lengths=st.lists(st.integers(8, 24), min_size=1, max_size=12),

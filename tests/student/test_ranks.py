@@ -22,6 +22,7 @@ from distill.errors import DistillError, StorageError
 from distill.student import checkpoint
 from distill.student.learner import Learner
 from distill.student.trainer import train_stage
+from tests.student.conftest import logged
 
 STAGE = {
     "temperature": [4.0, 2.0],
@@ -76,11 +77,6 @@ def forked(world: int, action: Callable[[int], None]) -> list[int]:
     return codes
 
 
-def lines(run: Path, kind: str) -> list[dict]:
-    text = (run / "stage1" / "metrics.jsonl").read_text()
-    return [line for line in map(json.loads, text.splitlines()) if line["kind"] == kind]
-
-
 def expectations(run: Path) -> list[list[float]]:
     """The student's likeliest probabilities at each shown token of the last evaluation."""
     record = json.loads((run / "stage1" / "tokens.json").read_bytes())
@@ -130,7 +126,7 @@ def test_two_ranks_train_as_one_process_does(configured, tmp_path, alone, parall
     run = tmp_path / "run"
     assert_equal(expectations(run), expectations(whole), rel=2e-3)  # of numbers with four digits
     for kind in ("train", "eval", "sampling"):
-        for ours, theirs in zip(lines(run, kind), lines(whole, kind), strict=True):
+        for ours, theirs in zip(logged(run, kind), logged(whole, kind), strict=True):
             assert_equal(ours, theirs)
 
 
@@ -147,19 +143,20 @@ def test_inner_layers_are_learned_from_on_two_ranks_as_on_one(configured, tmp_pa
     train_stage(config.model_copy(update={"out": str(tmp_path / "alone")}), 1, quiet=True)
     assert forked(2, lambda _: train_stage(config, 1, quiet=True)) == [0, 0]
     for kind in ("train", "eval"):
-        for ours, theirs in zip(lines(tmp_path / "run", kind), lines(tmp_path / "alone", kind), strict=True):
+        for ours, theirs in zip(logged(tmp_path / "run", kind), logged(tmp_path / "alone", kind), strict=True):
             assert_equal(ours, theirs, rel=1e-5)  # Adam's first steps magnify rounding
     maps = [load_file(tmp_path / run / "stage1/last/feature.safetensors") for run in ("run", "alone")]
     torch.testing.assert_close(*maps, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_a_rank_without_a_sequence_keeps_in_step(configured, tmp_path, parallel):
-    config = configured(stage={"batch_size": 1, "max_steps": 3, "eval_rows": 1}, parallel=parallel)
+@pytest.mark.parametrize(("parallel", "precision"), [("ddp", "fp32"), ("ddp", "fp16"), ("fsdp", "fp32")])
+def test_a_rank_without_a_sequence_keeps_in_step(configured, tmp_path, parallel, precision):
+    stage = {"batch_size": 1, "max_steps": 3, "eval_rows": 1}
+    config = configured(stage=stage, parallel=parallel, precision=precision)
     train_stage(config.model_copy(update={"out": str(tmp_path / "alone")}), 1, quiet=True)
     assert forked(2, lambda _: train_stage(config, 1, quiet=True)) == [0, 0]
     for kind in ("train", "eval"):
-        for ours, theirs in zip(lines(tmp_path / "run", kind), lines(tmp_path / "alone", kind), strict=True):
+        for ours, theirs in zip(logged(tmp_path / "run", kind), logged(tmp_path / "alone", kind), strict=True):
             assert_equal(ours, theirs)
 
 
@@ -170,7 +167,7 @@ def test_a_head_of_its_own_in_low_precision_is_sharded_as_well(configured, world
     )
     train_stage(config.model_copy(update={"out": str(tmp_path / "alone")}), 1, quiet=True)
     assert forked(2, lambda _: train_stage(config, 1, quiet=True)) == [0, 0]
-    for ours, theirs in zip(lines(tmp_path / "run", "train"), lines(tmp_path / "alone", "train"), strict=True):
+    for ours, theirs in zip(logged(tmp_path / "run", "train"), logged(tmp_path / "alone", "train"), strict=True):
         assert ours["losses"]["ce"] == pytest.approx(theirs["losses"]["ce"], rel=0.01)
 
 
@@ -200,7 +197,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(configured, tmp_path
     config = configured(stage={"max_steps": 4})
     assert forked(2, struck_at(config, 2, victim=1, blow=signal.SIGTERM)) == [75, 75]
     assert checkpoint.read_state(tmp_path / "run" / "stage1" / "last").step == 3
-    assert [line["step"] for line in lines(tmp_path / "run", "train")] == [1, 2, 3]
+    assert [line["step"] for line in logged(tmp_path / "run", "train")] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(("parallel", "tune"), [("ddp", "lora"), ("fsdp", "full")])
@@ -214,7 +211,7 @@ def test_a_killed_run_goes_on_with_another_number_of_ranks(configured, tmp_path,
     assert checkpoint.read_state(tmp_path / "run" / "stage1" / "last").step == 6
     assert forked(2, lambda _: train_stage(config, 1, quiet=True)) == [0, 0]
     for kind in ("train", "eval", "sampling"):
-        for ours, theirs in zip(lines(tmp_path / "run", kind), lines(whole, kind), strict=True):
+        for ours, theirs in zip(logged(tmp_path / "run", kind), logged(whole, kind), strict=True):
             assert_equal(ours, theirs)
     checkpoint.read_checkpoint(tmp_path / "run" / "stage1" / "best")
 
@@ -228,7 +225,7 @@ def test_on_the_same_ranks_a_killed_run_resumes_bitwise(configured, tmp_path, pa
     assert forked(2, struck_at(config, 5, victim=0))[0] == -signal.SIGKILL
     assert forked(2, lambda _: train_stage(config, 1, quiet=True)) == [0, 0]
     for kind in ("train", "eval", "sampling"):
-        for ours, theirs in zip(lines(tmp_path / "run", kind), lines(tmp_path / "whole", kind), strict=True):
+        for ours, theirs in zip(logged(tmp_path / "run", kind), logged(tmp_path / "whole", kind), strict=True):
             assert_equal(ours, theirs, rel=0)
     ours, theirs = (checkpoint.read_checkpoint(tmp_path / name / "stage1" / "last") for name in ("run", "whole"))
     assert ours.files == theirs.files
@@ -256,4 +253,4 @@ def test_torchrun_starts_it_and_one_process_speaks(configured, tmp_path):
     )
     assert told.returncode == 0, told.stderr
     assert json.loads(told.stdout)["stages"][0]["num_steps"] == 2
-    assert [line["step"] for line in lines(tmp_path / "run", "train")] == [1, 2]
+    assert [line["step"] for line in logged(tmp_path / "run", "train")] == [1, 2]

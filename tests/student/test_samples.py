@@ -2,18 +2,17 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distill.cache.reader import CacheReader
 from distill.cache.samples import SAMPLES_FILE, Sample, render_samples
-from distill.records import Prompt, SequenceTargets, Targets
 from distill.student.model import Origin, load_student
 from distill.student.precision import resolve_precision
 from distill.student.samples import answers_table, greedy, questions_of, sample_of
 from distill.student.trainer import train_stage
+from tests.conftest import row_of
 from tests.student.conftest import VOCAB, build_cache, save_model
 
 
@@ -35,46 +34,19 @@ def sampled_cache(world, tmp_path_factory):
     return build_cache(root, teacher)
 
 
-def row_of(mask, prompt="", response=""):
-    """A row of as many tokens as the mask has targets, and one."""
-    num = len(mask)
-    numbers = np.zeros((num, 1), np.float32)
-    return SequenceTargets(
-        prompt=Prompt(
-            sequence_id="s",
-            prompt_id="p",
-            domain="general",
-            split="eval",
-            source="f:1",
-            prompt=prompt,
-            response=response,
-            input_ids=np.arange(10, 11 + num, dtype=np.int32),
-            loss_mask=np.array(mask, bool),
-        ),
-        targets=Targets(
-            topk_ids=numbers.astype(np.int32),
-            topk_logprobs=numbers,
-            log_z=numbers,
-            log_tail=numbers,
-            hidden={},
-            entropy=numbers[:, 0],
-        ),
-    )
-
-
 def test_the_last_answer_of_a_conversation_is_the_reference(tokenizer):
-    sample = sample_of(row_of([0, 1, 1, 0, 0, 1, 1, 0], "Q", "A"), tokenizer)
-    assert sample.input_ids == (10, 11, 12, 13, 14, 15)  # target 5 is token 6
-    assert sample.response_ids == (16, 17)
+    sample = sample_of(row_of([0, 1, 1, 0, 0, 1, 1, 0], prompt="Q", response="A"), tokenizer)
+    assert sample.input_ids == (100, 101, 102, 103, 104, 105)  # target 5 is token 6
+    assert sample.response_ids == (106, 107)
     assert (sample.prompt, sample.response) == ("Q", "A")
 
 
 def test_a_plain_text_is_cut_in_two(tokenizer):
     short = sample_of(row_of([1, 1, 1, 1, 1]), tokenizer)
-    assert (short.input_ids, short.response_ids) == ((10, 11, 12), (13, 14, 15))
-    assert (short.prompt, short.response) == ("w8 w9 w10", "w11 w12 w13")
+    assert (short.input_ids, short.response_ids) == ((100, 101, 102), (103, 104, 105))
+    assert (short.prompt, short.response) == ("w98 w99 w100", "w101 w102 w103")
     assert len(sample_of(row_of([1] * 99), tokenizer).input_ids) == 32
-    assert sample_of(row_of([1]), tokenizer).response_ids == (11,)
+    assert sample_of(row_of([1]), tokenizer).response_ids == (101,)
 
 
 @pytest.mark.parametrize("tune", ["full", "lora"])

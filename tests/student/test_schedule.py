@@ -1,6 +1,5 @@
 """Protects schedules: temperatures and weights change when they should, are logged, resumed, and refused beforehand."""
 
-import json
 import math
 
 import pytest
@@ -9,18 +8,13 @@ from distill.config import StageConfig, TrainConfig, validated
 from distill.errors import IdentityError, RetryError, UsageError
 from distill.student.schedule import temperature_at, weights_at
 from distill.student.trainer import train_stage
-from tests.student.conftest import stop_at
+from tests.student.conftest import logged, stop_at
 
 TRAIN = {"cache": "c", "student": "s", "out": "o"}
 
 
 def stage(**changes) -> StageConfig:
     return validated(TrainConfig, {**TRAIN, "stages": {1: changes}}, origin="here").stage(1)
-
-
-def lines(run):
-    text = (run / "stage1" / "metrics.jsonl").read_text()
-    return [line for line in map(json.loads, text.splitlines()) if line["kind"] == "train"]
 
 
 def test_a_list_of_temperatures_has_equal_parts_and_breakpoints_move_them():
@@ -84,7 +78,7 @@ def test_a_scheduled_run_logs_what_it_used_and_goes_on_with_it(configured, tmp_p
     }
     changes["weights"]["ce"]["schedule"] = "step"
     train_stage(configured(stage=changes, out=str(tmp_path / "whole")), 1, quiet=True)
-    whole = lines(tmp_path / "whole")
+    whole = logged(tmp_path / "whole", "train")
     assert [line["temperature"] for line in whole] == [4, 4, 2, 2, 2, 2, 1, 1]
     assert [line["weights"]["kl"] for line in whole] == pytest.approx([1 - 0.1 * step for step in range(8)])
     assert ["ce" in line["losses"] for line in whole] == [False] * 4 + [True] * 4
@@ -95,5 +89,6 @@ def test_a_scheduled_run_logs_what_it_used_and_goes_on_with_it(configured, tmp_p
         train_stage(configured(stage=changes), 1, quiet=True)
     monkeypatch.undo()
     train_stage(configured(stage=changes), 1, quiet=True)
-    ours, theirs = ([(line["losses"], line["weights"]) for line in lines(tmp_path / name)] for name in ("run", "whole"))
+    runs = (tmp_path / "run", tmp_path / "whole")
+    ours, theirs = ([(line["losses"], line["weights"]) for line in logged(run, "train")] for run in runs)
     assert ours == theirs

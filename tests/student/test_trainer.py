@@ -8,26 +8,16 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from distill.errors import DataError, RetryError, UsageError
+from distill.cache.reader import CacheReader
+from distill.errors import DataError, RetryError, StorageError, UsageError
 from distill.student import checkpoint
+from distill.student.checkpoint import Best, State
+from distill.student.learner import Learner
 from distill.student.losses.feature import feature_floor
-from distill.student.trainer import train_stage
-from tests.student.conftest import stop_at
+from distill.student.trainer import _publish, train_stage
+from tests.student.conftest import logged, room_for, save_model, stop_at, without_times
 
 LONGER = {"max_steps": 30, "eval_every": 10, "learning_rate": 1e-2, "temperature": 2.0}
-
-
-def lines(run, kind, stage=1):
-    """Lines of a kind in the stage's metrics.jsonl."""
-    text = (run / f"stage{stage}" / "metrics.jsonl").read_text()
-    return [line for line in map(json.loads, text.splitlines()) if line["kind"] == kind]
-
-
-def without_times(run, stage=1):
-    """All metrics but those of the clock."""
-    text = (run / f"stage{stage}" / "metrics.jsonl").read_text()
-    timed = ("time", "tokens_per_second")
-    return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in text.splitlines()]
 
 
 @pytest.fixture
@@ -38,20 +28,20 @@ def run(tmp_path):
 @pytest.mark.parametrize("tail", ["low_rank", "bucket"])
 def test_kl_alone_brings_the_student_to_the_teacher(configured, run, tail):
     result = train_stage(configured(stage={**LONGER, "tail": tail, "weights": {"kl": 1, "ce": 0}}), 1, quiet=True)
-    evals = lines(run, "eval")
+    evals = logged(run, "eval")
     assert [line["step"] for line in evals] == [0, 10, 20, 30]
     before, after = evals[0]["overall"]["kl"], evals[-1]["overall"]["kl"]
     assert after["2.0"] < 0.3 * before["2.0"]
     assert after["1.0"] < 0.3 * before["1.0"]
     assert result.objective == pytest.approx(4 * min(line["overall"]["kl"]["2.0"] for line in evals[1:]))
-    assert set(lines(run, "train")[0]["losses"]) == {"total", "kl"}
+    assert set(logged(run, "train")[0]["losses"]) == {"total", "kl"}
 
 
 @pytest.mark.parametrize("divergence", ["reverse", "js", "skew"])
 def test_every_divergence_alone_falls_and_chooses_the_best(configured, run, divergence):
     stage = {**LONGER, "weights": {"kl": 1, "ce": 0}, "divergence": divergence}
     result = train_stage(configured(stage=stage), 1, quiet=True)
-    evals = lines(run, "eval")
+    evals = logged(run, "eval")
     assert evals[-1]["objective"] < 0.5 * evals[0]["objective"]
     assert result.objective == pytest.approx(4 * result.evaluation.overall.divergence)
     assert result.objective == min(line["objective"] for line in evals[1:])
@@ -68,17 +58,15 @@ def test_a_low_rank_tail_teaches_more_than_a_bucket_at_high_temperature(configur
 
 def test_cross_entropy_alone_falls(configured, run):
     train_stage(configured(stage={**LONGER, "weights": {"kl": 0, "ce": 1}}), 1, quiet=True)
-    evals = lines(run, "eval")
+    evals = logged(run, "eval")
     assert evals[-1]["overall"]["ce"] < 0.7 * evals[0]["overall"]["ce"]
     assert evals[-1]["objective"] == evals[-1]["overall"]["ce"]
-    assert set(lines(run, "train")[0]["losses"]) == {"total", "ce"}
+    assert set(logged(run, "train")[0]["losses"]) == {"total", "ce"}
 
 
 def test_the_feature_loss_alone_falls_towards_its_floor(configured, run, world):
-    from distill.cache.reader import CacheReader
-
     train_stage(configured(stage={**LONGER, "weights": {"kl": 0, "ce": 0, "feature": 1}}), 1, quiet=True)
-    values = [line["overall"]["feature"] for line in lines(run, "eval")]
+    values = [line["overall"]["feature"] for line in logged(run, "eval")]
     floor = feature_floor(CacheReader.open(world.cache).projection)
     early, late = (
         load_file(run / "stage1" / "checkpoints" / f"step-{step}" / "feature.safetensors") for step in (20, 30)
@@ -91,10 +79,10 @@ def test_the_feature_loss_alone_falls_towards_its_floor(configured, run, world):
 def test_the_contrastive_loss_alone_falls_and_chooses_the_best(configured, run):
     stage = {**LONGER, "learning_rate": 3e-3, "weights": {"kl": 0, "ce": 0, "contrastive": 1}}
     result = train_stage(configured(stage=stage), 1, quiet=True)
-    values = [line["overall"]["contrastive"] for line in lines(run, "eval")]
+    values = [line["overall"]["contrastive"] for line in logged(run, "eval")]
     assert values[-1] < 0.6 * values[0]
     assert result.objective == min(values[1:])
-    train = lines(run, "train")
+    train = logged(run, "train")
     assert set(train[0]["losses"]) == {"total", "contrastive"}
     assert train[0]["losses"]["contrastive"] > math.log(8)  # eight candidates, at first no better than chance
     assert sum(line["losses"]["contrastive"] for line in train[-5:]) / 5 < math.log(8) / 2
@@ -104,7 +92,7 @@ def test_the_contrastive_loss_alone_falls_and_chooses_the_best(configured, run):
 def test_one_sequence_has_nothing_to_contrast_with(configured, run):
     stage = {"weights": {"kl": 0, "ce": 0, "contrastive": 1}, "batch_size": 1, "max_steps": 3}
     train_stage(configured(stage=stage), 1, quiet=True)
-    assert [(line["losses"]["contrastive"], line["grad_norm"]) for line in lines(run, "train")] == [(0, 0)] * 3
+    assert [(line["losses"]["contrastive"], line["grad_norm"]) for line in logged(run, "train")] == [(0, 0)] * 3
 
 
 def test_losses_are_means_over_the_tokens_of_the_step_whatever_the_micro_batches(configured, tmp_path):
@@ -114,7 +102,7 @@ def test_losses_are_means_over_the_tokens_of_the_step_whatever_the_micro_batches
         stage = {"max_steps": 1, "weights": {"kl": 0.7, "ce": 0.3, "feature": 0.2, "contrastive": 0.1}}
         config = configured(out=str(tmp_path / str(tokens)), micro_batch_tokens=tokens, stage=stage)
         train_stage(config, 1, quiet=True)
-        first.append(lines(tmp_path / str(tokens), "train")[0])
+        first.append(logged(tmp_path / str(tokens), "train")[0])
     assert first[0]["losses"] == pytest.approx(first[1]["losses"], rel=1e-5)
     assert first[0]["grad_norm"] == pytest.approx(first[1]["grad_norm"], rel=1e-4)
     assert first[0]["tokens"] == first[1]["tokens"] == 8 * 16
@@ -128,12 +116,12 @@ def test_three_stages_follow_each_other_and_continue_the_adapter(configured, run
     assert json.loads((run / "student" / "config.json").read_text())["num_hidden_layers"] == 2
     for number, temperature in ((2, "4.0"), (3, "2.0")):
         before = checkpoint.read_state(run / f"stage{number - 1}" / "best").evaluation.overall.kl
-        after = lines(run, "eval", number)[0]["domains"]
+        after = logged(run, "eval", number)[0]["domains"]
         assert set(after) == ({"general", "medical"} if number == 2 else {"medical"})
         if number == 2:
             assert after["general"]["kl"]["1.0"] == pytest.approx(before[1.0])
         assert temperature in {str(key) for key in before}
-    shares = lines(run, "train", 2)[-1]["shares"]
+    shares = logged(run, "train", 2)[-1]["shares"]
     assert abs(shares["medical"]["realised"] - shares["medical"]["scheduled"]) < 0.01
     state = checkpoint.read_state(run / "stage3" / "best")
     assert state.base == "run:student"
@@ -156,7 +144,7 @@ def test_a_stage_may_tune_otherwise_than_the_one_before(configured, run, tmp_pat
     config = configured(tune=second, out=str(tmp_path / "other"), stage={"max_steps": 2})
     train_stage(config, 1, start=start, quiet=True)
     before = checkpoint.read_state(start).evaluation.overall
-    after = lines(tmp_path / "other", "eval")[0]["overall"]
+    after = logged(tmp_path / "other", "eval")[0]["overall"]
     assert after["ce"] == pytest.approx(before.ce, rel=1e-4)
 
 
@@ -217,6 +205,62 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(configured, run):
     assert without_times(run) == before
 
 
+def test_a_full_disk_is_said_whichever_file_of_a_checkpoint_it_strikes(configured, run, monkeypatch):
+    """Each is written by another library, with errors of its own."""
+    config = configured(tune="lora", lora={"r": 1, "target_modules": ["q_proj"]}, stage={"max_steps": 1})
+    train_stage(config, 1, quiet=True)
+    files = checkpoint.read_state(run / "stage1" / "last").files
+    names = ["model/adapter_model.safetensors", "model/tokenizer.json", "trainer.safetensors"]
+    assert names == sorted(names, key=lambda name: files[name].num_bytes)  # so that none strikes before
+    save = Learner.save
+    for number, name in enumerate(names):
+
+        def save_without_room(self, *arguments, room=files[name].num_bytes - 1):
+            with room_for(room):
+                save(self, *arguments)
+
+        monkeypatch.setattr(Learner, "save", save_without_room)
+        with pytest.raises(StorageError, match=r"cannot write the checkpoint .*run the same command again"):
+            train_stage(config.model_copy(update={"out": str(run / str(number))}), 1, quiet=True)
+
+
+def test_a_damaged_best_is_made_again_with_the_step_that_it_came_from(tmp_path):
+    """Its bytes are those of the step's checkpoint, by hard links: what damages one damages both."""
+
+    def saved(step, best, content=b"weights"):
+        folder = checkpoint.step_folder(tmp_path, step)
+        state = State(stage=1, step=step, position=step, finished=False, settings={}, best=Best(step=best, objective=1))
+        complete = checkpoint.write_checkpoint(folder, state, lambda aside: (aside / "model").write_bytes(content))
+        _publish(tmp_path, folder, complete)
+        return folder
+
+    saved(4, best=4)
+    saved(8, best=4)
+    (saved(12, best=12) / "model").write_bytes(b"damaged")
+    saved(12, best=12)  # taken again from step 8
+    assert checkpoint.read_checkpoint(tmp_path / "best").step == 12
+
+
+def test_an_evaluation_that_is_not_finite_stops_the_run(configured, world, tmp_path):
+    """Else it would choose no best checkpoint, weigh no group, and leave a state that cannot be read back."""
+    reader = CacheReader.open(world.cache)
+    train, held_out = (
+        {
+            int(i)
+            for commit in reader.units("general")
+            for row in reader.sequences(commit, split)
+            for i in row.prompt.input_ids[:-1]
+        }
+        for split in ("train", "eval")
+    )
+    model = save_model(tmp_path / "student", seed=1, tie_word_embeddings=False)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[max(held_out - train)] = torch.inf
+    model.save_pretrained(tmp_path / "student")
+    with pytest.raises(DataError, match="the held-out loss of general is not finite at step 0 of stage 1"):
+        train_stage(configured(student=str(tmp_path / "student")), 1, quiet=True)
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("tune", ["full", "lora"])
 def test_low_precision_trains_as_float32_does(configured, run, tmp_path, precision, tune):
@@ -225,23 +269,23 @@ def test_low_precision_trains_as_float32_does(configured, run, tmp_path, precisi
     stage = {"temperature": 2.0, "weights": {"kl": 0.7, "ce": 0.3, "feature": 0.2, "contrastive": contrastive}}
     train_stage(configured(tune=tune, stage=stage, out=str(tmp_path / "fp32")), 1, quiet=True)
     train_stage(configured(tune=tune, stage=stage, precision=precision), 1, quiet=True)
-    for low, high in zip(lines(run, "train"), lines(tmp_path / "fp32", "train"), strict=True):
+    for low, high in zip(logged(run, "train"), logged(tmp_path / "fp32", "train"), strict=True):
         assert low["losses"]["total"] == pytest.approx(high["losses"]["total"], rel=0.03)
-    assert lines(run, "eval")[-1]["objective"] < lines(run, "eval")[0]["objective"]
+    assert logged(run, "eval")[-1]["objective"] < logged(run, "eval")[0]["objective"]
     assert (checkpoint.read_state(run / "stage1" / "last").scaler is not None) == (precision == "fp16")
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(configured, run, tmp_path):
     train_stage(configured(out=str(tmp_path / "plain")), 1, quiet=True)
     train_stage(configured(gradient_checkpointing=True), 1, quiet=True)
-    for ours, plain in zip(lines(run, "train"), lines(tmp_path / "plain", "train"), strict=True):
+    for ours, plain in zip(logged(run, "train"), logged(tmp_path / "plain", "train"), strict=True):
         assert ours["losses"]["total"] == pytest.approx(plain["losses"]["total"], rel=1e-4)
 
 
 def test_rows_without_a_trained_token_take_their_turn_and_teach_nothing(configured, run):
     """max_length cuts every answer away: steps pass, no weight changes, nothing divides by zero."""
     result = train_stage(configured(max_length=6, stage={"max_steps": 2}), 1, quiet=True)
-    assert [line["tokens"] for line in lines(run, "train")] == [0, 0]
+    assert [line["tokens"] for line in logged(run, "train")] == [0, 0]
     assert result.evaluation is None
     assert result.best_step == 2
 
@@ -259,7 +303,8 @@ def test_the_folder_says_what_was_done(configured, run, capsys):
     assert config["cache_identity"]["top_k"] == 16
     assert config["versions"]["torch"] == torch.__version__
     assert config["train"]["micro_batch_tokens"] == 100
-    train = lines(run, "train")
+    assert (config["train"]["device"], config["train"]["precision"]) == ("cpu", "fp32")  # which "auto" came to
+    train = logged(run, "train")
     assert [line["step"] for line in train] == list(range(1, 9))
     assert all(math.isfinite(line["grad_norm"]) and line["tokens_per_second"] > 0 for line in train)
     assert capsys.readouterr().out == ""  # standard output belongs to results
