@@ -31,7 +31,7 @@ from distill.student.optimizer import learning_rate_factor
 from distill.student.order import permutation
 from distill.student.precision import Precision
 
-Target = Literal["renormalised", "bucket", "low_rank", "low_rank_256", "sampled", "ce", "full"]
+Target = Literal["renormalised", "bucket", "low_rank", "low_rank_256", "low_rank_512", "sampled", "ce", "full"]
 MEASURED = (4.0, 2.0, 1.0)
 _CHUNK = 128  # tokens whose logits exist at the same time
 
@@ -79,6 +79,7 @@ class Lab:
         self.projections = {
             "low_rank": Projection.from_bytes((cache / "projection-128.safetensors").read_bytes()),
             "low_rank_256": Projection.from_bytes((cache / "projection-256.safetensors").read_bytes()),
+            "low_rank_512": Projection.from_bytes((cache / "projection-512.safetensors").read_bytes()),
         }
         self._tails = {name: self._tail(projection) for name, projection in self.projections.items()}
         head_DV = self.exact.head_VD.T

@@ -4,8 +4,9 @@ Steps of the same student in turn, forward, backward and AdamW, KL + CE: on a ca
 bytes); on hard labels with the same chunked head, and as transformers computes it; and with the teacher in memory, once
 as most scripts do it (``online``: both models' dense logits from transformers' own forward pass, ``F.kl_div``) and once
 with the teacher's whole distribution through our fused loss (``online_fused``). ``deep`` is a random student whose LM
-head is 8% of its work, as in a 7B; ``small`` is SmolLM2-135M with four layers, whose head is two thirds of it. Without
-SmolLM2 (it is converted from a package of the demo) only ``deep`` is measured.
+head is 8% of its work, as in a 7B; ``small`` is SmolLM2-135M with four layers, whose head is two thirds of it, all of
+its weights trained; ``adapters`` is the same with LoRA, as the trainer does by default. The ratios to ``online`` at the
+top are those of ``adapters``. Without SmolLM2 (it is converted from a package of the demo) only ``deep`` is measured.
 
 Time is CPU time of one thread, which other work on the machine hardly changes. Memory is the peak of a process that
 takes two steps, less what it held once everything was imported.
@@ -38,6 +39,7 @@ DEEP = {
 VARIANTS: dict[str, tuple[Variant, ...]] = {
     "deep": ("cached", "ce", "transformers"),
     "small": ("cached", "ce", "transformers", "online", "online_fused"),
+    "adapters": ("cached", "ce", "transformers", "online", "online_fused"),
 }
 
 
@@ -52,12 +54,24 @@ class Student:
 
     @property
     def flops(self) -> dict[str, float]:
-        """For each token: of the layers and of the head, forward and backward, and of rebuilding the tail."""
+        """For each token: of the layers and of the head, forward and backward, and of rebuilding the tail.
+
+        A weight costs two for its product, two for its input's gradient, and two for its own where it is trained.
+        """
         head = self.model.get_output_embeddings().weight
-        tied = self.model.get_input_embeddings().weight is head
-        total = sum(value.numel() for value in self.model.parameters())
-        layers = total - head.numel() * (1 if tied else 2)
-        return {"layers": 6.0 * layers, "head": 6.0 * head.numel(), "tail": 2.0 * RANK * len(head)}
+        weights = {weight for weight in self.model.parameters() if weight.ndim == 2}
+        layers = weights - {head, self.model.get_input_embeddings().weight}
+        price = {weight: weight.numel() * (6.0 if weight.requires_grad else 4.0) for weight in weights}
+        return {
+            "layers": sum(price[weight] for weight in layers),
+            "head": price[head],
+            "tail": 2.0 * RANK * len(head),
+        }
+
+    @property
+    def body(self) -> Any:
+        """What comes before the LM head; an adapter works inside of it."""
+        return self.model.get_base_model().model if hasattr(self.model, "get_base_model") else self.model.model
 
 
 def load(name: str, variant: Variant, precision: str) -> Student:
@@ -66,6 +80,8 @@ def load(name: str, variant: Variant, precision: str) -> Student:
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
     from transformers.utils import logging
 
+    from distill.config import LoraConfig
+    from distill.student.adapter import with_new_adapter
     from distill.student.shrink import keep_layers
 
     logging.disable_progress_bar()
@@ -81,8 +97,11 @@ def load(name: str, variant: Variant, precision: str) -> Student:
         if variant.startswith("online"):
             dtype = torch.bfloat16 if precision == "bf16" else torch.float32
             teacher = AutoModelForCausalLM.from_pretrained(teacher_folder(), dtype=dtype)
+    if name == "adapters":
+        model = with_new_adapter(model, LoraConfig())
     gc.collect()
-    return Student(model=model, optimizer=torch.optim.AdamW(model.parameters()), teacher=teacher, precision=precision)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return Student(model=model, optimizer=torch.optim.AdamW(trained), teacher=teacher, precision=precision)
 
 
 def batch_of(vocab_size: int, num_tokens: int, precision: str) -> tuple[Any, Any, Any]:
@@ -158,7 +177,7 @@ def stepper(student: Student, variant: Variant, num_tokens: int) -> Callable[[],
                 return model(input_ids=ids_BS, labels=ids_BS, use_cache=False).loss
             if variant == "online":
                 return plain_loss(model, student.teacher, ids_BS, targets.labels)
-            hidden_ND = model.model(input_ids=ids_BS, use_cache=False).last_hidden_state.flatten(0, 1)
+            hidden_ND = student.body(input_ids=ids_BS, use_cache=False).last_hidden_state.flatten(0, 1)
         asked = in_memory(hidden_ND) if variant == "online_fused" else targets
         weights = (0.0, 1.0) if variant == "ce" else (KL_WEIGHT, CE_WEIGHT)
         losses = fused_head_losses(hidden_ND, head, asked, kl_weight=weights[0], ce_weight=weights[1], chunk=CHUNK)
@@ -263,8 +282,8 @@ def main(given: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     names = [arguments.only] if arguments.only else list(VARIANTS)
     results = {name: measure(name, repeats=arguments.repeats, **options) for name in names}
-    if "small" in results:
-        results |= {name: value for name, value in results["small"].items() if name.startswith("online")}
+    if "adapters" in results:
+        results |= {name: value for name, value in results["adapters"].items() if name.startswith("online")}
     results["machine"] = {
         "processor": platform.processor() or platform.machine(),
         "threads": 1,

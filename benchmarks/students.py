@@ -1,9 +1,9 @@
 """What students learn from each kind of target: ``python -m benchmarks.students --data DIR [--table] [--json FILE]``.
 
 A student of a few of the teacher's layers is trained on the same tokens, in the same steps, with the same seeds, on:
-the renormalised top-k, top-k with a bucket, top-k with a low-rank tail (128 and 256 bytes), ids drawn from the teacher
-(T=1), hard labels, and, as the limit, the teacher's full distribution, at T=4, 2, 1 and over the three stages of a
-curriculum. A target's share is what it closes of the gap in held-out KL between the renormalised top-k and full
+the renormalised top-k, top-k with a bucket, top-k with a low-rank tail (128, 256 and 512 bytes), ids drawn from the
+teacher (T=1), hard labels, and, as the limit, the teacher's full distribution, at T=4, 2, 1 and over the three stages
+of a curriculum. A target's share is what it closes of the gap in held-out KL between the renormalised top-k and full
 distillation. Where that gap is within the noise of the seeds, a share means nothing and is left out.
 
 DIR has general.jsonl.gz and medical.jsonl.gz. Each finished run is a file under ``--out``: a rerun goes on from there.
@@ -25,7 +25,7 @@ from rich.table import Table
 
 DOMAINS = ("general", "medical")
 REFERENCES = ("renormalised", "full")
-CACHED = ("bucket", "low_rank", "low_rank_256")
+CACHED = ("bucket", "low_rank", "low_rank_256", "low_rank_512")
 COLUMNS = {"renormalised": ("topk_ids", "topk_logprobs"), "bucket": ("topk_ids", "topk_logprobs", "log_z", "log_tail")}
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t by the number of seeds, 95%, two-sided
 
@@ -68,15 +68,16 @@ class Run:
 def grid(seeds: Sequence[int]) -> Iterator[Run]:
     """All runs, those first that make a table early: seed by seed, high temperatures first, then the curriculum.
 
-    What 256 bytes are worth comes last.
+    What more bytes of hidden states are worth comes last.
     """
     both = ("renormalised", "full", "low_rank", "bucket")
     for seed in seeds:
         for setting in ("T=4", "T=2"):
             yield from (Run(setting=setting, target=target, seed=seed) for target in both)
         yield from (Run(setting="T=1", target=target, seed=seed) for target in (*both, "sampled", "ce"))
-    for target in (*both, "low_rank_256"):
-        settings = ("T=4", "T=2", "T=1", "curriculum") if target == "low_rank_256" else ("curriculum",)
+    where = {"low_rank_256": ("T=4", "T=2", "T=1", "curriculum"), "low_rank_512": ("T=4", "T=2")}
+    for target in (*both, *where):
+        settings = where.get(target, ("curriculum",))
         yield from (Run(setting=setting, target=target, seed=seed) for seed in seeds for setting in settings)
 
 
@@ -108,7 +109,7 @@ def prepare(settings: Settings, data: Path, out: Path) -> Any:
         max_length=settings.length,
         unit_rows=50,
     )
-    make_cache(config, hidden_bytes=(128, 256), calibration_tokens=settings.calibration_tokens)
+    make_cache(config, hidden_bytes=(128, 256, 512), calibration_tokens=settings.calibration_tokens)
     student = shrunken_student(settings.teacher, settings.layers, folder=out / "student", trust_remote_code=False)
     return Lab(
         out / "cache",
@@ -170,7 +171,7 @@ def run_grid(settings: Settings, data: Path, out: Path) -> None:
 
 
 def bytes_per_token(cache: Path, settings: Settings) -> dict[str, float | None]:
-    """What each target takes of a shard, compressed. ``low_rank_256`` is the larger projection's share by its bytes."""
+    """What each target takes of a shard, compressed; the larger projections' shares by their bytes."""
     from distill.cache.reader import CacheReader
 
     reader = CacheReader.open(cache)
@@ -192,6 +193,7 @@ def bytes_per_token(cache: Path, settings: Settings) -> dict[str, float | None]:
         **found,
         "low_rank": round(bucket + hidden, 1),
         "low_rank_256": round(bucket + 2 * hidden, 1),
+        "low_rank_512": round(bucket + 4 * hidden, 1),
         "sampled": round(sampled_bytes(cache, settings), 1),
         "ce": 0.0,
         "full": None,  # nothing is cached: the teacher runs beside the student
@@ -327,7 +329,9 @@ def print_tables(figures: dict[str, Any]) -> None:
             share = entry["shares"].get(target)
             cells.append("" if share is None else _with_interval(share["mean"], share["half_interval"], digits=3))
         gap = _with_interval(entry["gap"], entry["gap_half_interval"], digits=4)
-        shares.add_row(entry["setting"], entry["metric"], gap, *(cells if entry["defined"] else ["undefined"] * 5))
+        shares.add_row(
+            entry["setting"], entry["metric"], gap, *(cells if entry["defined"] else ["undefined"] * len(cells))
+        )
     console = Console(width=140)
     console.print(table)
     console.print(shares)

@@ -36,19 +36,30 @@ def test_both_loops_with_the_teacher_in_memory_learn_the_same():
 
 
 def test_figures_are_ratios_of_what_was_measured(monkeypatch, tmp_path, capsys):
-    peaks = dict(zip(step.VARIANTS["small"], (10, 20, 30, 40, 50), strict=True))
+    peaks = dict(zip(step.VARIANTS["adapters"], (10, 20, 30, 40, 50), strict=True))
     monkeypatch.setattr(step, "peaks", lambda *_arguments, **_options: peaks)
     file = tmp_path / "step.json"
-    step.main(["--only", "small", "--repeats", "1", "--tokens", str(TOKENS), "--json", str(file)])
+    step.main(["--only", "adapters", "--repeats", "1", "--tokens", str(TOKENS), "--json", str(file)])
     figures = json.loads(file.read_text())
-    small = figures["small"]
-    assert set(small["seconds"]) == set(step.VARIANTS["small"])
-    assert min(small["seconds"].values()) > 0
+    seconds = figures["adapters"]["seconds"]
+    assert set(seconds) == set(step.VARIANTS["adapters"])
+    assert min(seconds.values()) > 0
     for name in ("online", "online_fused"):
-        ratio = small["seconds"][name] / small["seconds"]["cached"]
+        ratio = seconds[name] / seconds["cached"]
         assert figures[f"{name}_over_cached_time"] == pytest.approx(ratio, rel=0.05)
         assert figures[f"{name}_over_cached_memory"] == peaks[name] / 10
     assert json.loads(capsys.readouterr().out.split("\n", 1)[1]) == figures
+
+
+def test_adapters_train_alone_and_a_frozen_weight_costs_no_gradient():
+    whole, adapted = (step.load(name, "ce", "fp32") for name in ("small", "adapters"))
+    assert adapted.flops["head"] == whole.flops["head"] * 4 / 6
+    step.stepper(adapted, "cached", TOKENS)()
+    trained = [name for name, value in adapted.model.named_parameters() if value.requires_grad]
+    assert all("lora_" in name for name in trained)
+    moments = adapted.optimizer.state.values()
+    assert len(moments) == len(trained)
+    assert any(moment["exp_avg"].abs().max() > 0 for moment in moments)
 
 
 def test_a_peak_is_measured_in_a_process_of_its_own(monkeypatch, capsys):
