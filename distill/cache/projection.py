@@ -33,18 +33,11 @@ _UNREADABLE = (KeyError, ValueError, TypeError, AttributeError, OverflowError, R
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Moments:
-    """Sums over final hidden states; partial sums of several batches or workers add up."""
+    """Sums over final hidden states."""
 
     count: int
     sum_D: NDArray[np.float64]
     outer_DD: NDArray[np.float64]  # sum of h hᵀ
-
-    def __add__(self, other: "Moments") -> "Moments":
-        return Moments(
-            count=self.count + other.count,
-            sum_D=self.sum_D + other.sum_D,
-            outer_DD=self.outer_DD + other.outer_DD,
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,7 +135,7 @@ class Projection:
         return sum(count for _, count in self.widths)
 
     @property
-    def level_size_R(self) -> NDArray[np.float32]:
+    def level_size(self) -> NDArray[np.float32]:
         """How much of a coordinate, whose variance is 1, is one of its integer: [R]."""
         return np.concatenate([np.full(count, step_of(bits), np.float32) for bits, count in self.widths])
 
@@ -165,7 +158,7 @@ class Projection:
     def dequantise(self, hidden: dict[int, NDArray[np.int8]]) -> NDArray[np.float32]:
         """The middle of each integer's interval: [N, R] float32."""
         levels_NR = np.concatenate([hidden[bits] for bits, _ in self.widths], axis=1)
-        return (levels_NR + np.float32(0.5)) * self.level_size_R
+        return (levels_NR + np.float32(0.5)) * self.level_size
 
     def tail_logits(self, coords_NR: NDArray[np.float32]) -> NDArray[np.float32]:
         """Logits over the vocabulary: [N, V] float32. Only their differences within a row mean anything."""

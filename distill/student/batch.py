@@ -214,7 +214,7 @@ def collate(
         levels=None
         if projection is None
         else torch.from_numpy(np.concatenate([example.levels for example in examples])),
-        level_size=None if projection is None else torch.from_numpy(projection.level_size_R),
+        level_size=None if projection is None else torch.from_numpy(projection.level_size),
         inner=None if projection is None or not projection.layers else torch.from_numpy(_stacked(examples)),
         sampled=_sampled(examples),
         heads=tuple(

@@ -165,13 +165,7 @@ class _Run:
                 self._ask(ticker)
             before = time.monotonic()
             for step, examples in enumerate(stream.steps(state.position, plan.stage.batch_size), state.step + 1):
-                figures = self._learner.step(examples, step - 1)
-                self._state = self._state.model_copy(
-                    update={"step": step, "position": step * plan.stage.batch_size, "finished": step == plan.num_steps}
-                )
-                rate = figures.num_tokens / (time.monotonic() - before)
-                self._log("train", self._train_line(figures, rate))
-                ticker.update(step, loss=figures.losses.get("total", 0.0), tokens_per_s=rate, **self._held_out_facts())
+                self._take(step, examples, ticker, since=before)
                 due = step % plan.stage.eval_every == 0 or self._state.finished
                 if due:
                     self._evaluate()
@@ -185,6 +179,20 @@ class _Run:
                         f"{plan.num_steps}; everything is saved. Run the same command again to go on."
                     )
                 before = time.monotonic()
+
+    def _take(self, step: int, examples: list[Example], ticker: Ticker, *, since: float) -> None:
+        """One step, whose examples have been waited for ``since`` then; its line."""
+        stage = self._plan.stage
+        waited = time.monotonic() - since
+        figures = self._learner.step(examples, step - 1)
+        self._state = self._state.model_copy(
+            update={"step": step, "position": step * stage.batch_size, "finished": step == self._plan.num_steps}
+        )
+        seconds = time.monotonic() - since
+        rate, waiting = figures.num_tokens / seconds, waited / seconds
+        self._log("train", self._train_line(figures, rate, waiting))
+        loss = figures.losses.get("total", 0.0)
+        ticker.update(step, loss=loss, tokens_per_s=rate, waiting=f"{waiting:.0%}", **self._held_out_facts())
 
     @contextlib.contextmanager
     def _logging(self) -> Iterator[None]:
@@ -200,7 +208,7 @@ class _Run:
         if self._metrics is not None:
             self._metrics.log(kind, self._state.step, {"time": time.time(), **values})
 
-    def _train_line(self, figures: StepFigures, rate: float) -> dict[str, Any]:
+    def _train_line(self, figures: StepFigures, rate: float, waiting: float) -> dict[str, Any]:
         stage = self._plan.stage
         return {
             "losses": figures.losses,
@@ -208,6 +216,7 @@ class _Run:
             "grad_norm": figures.grad_norm if math.isfinite(figures.grad_norm) else None,
             "tokens": figures.num_tokens,
             "tokens_per_second": rate,
+            "waiting": waiting,  # share of the step's time in which it waited for its examples
             "shares": self._plan.shares(self._state.step),
             **({"weights": figures.weights} if stage.balance or stage.weight_schedules else {}),
             **({"domain_weights": figures.domain_weights} if figures.domain_weights else {}),

@@ -139,14 +139,6 @@ def test_directions_without_variance_get_no_coordinate() -> None:
     assert np.isfinite(fit.down_RD).all()
 
 
-def test_moments_of_parts_add_up() -> None:
-    hidden, _ = random_head(dim=8, vocab=10)
-    added, whole = moments_of(hidden[:100]) + moments_of(hidden[100:]), moments_of(hidden)
-    assert added.count == whole.count
-    np.testing.assert_allclose(added.sum_D, whole.sum_D)
-    np.testing.assert_allclose(added.outer_DD, whole.outer_DD)
-
-
 def test_tail_logits_apply_cap_then_scale() -> None:
     projection = projection_of(((8, 2),), soft_cap=2.0, logit_scale=0.5)
     coords = np.array([[1.0, -2.0]], np.float32)

@@ -97,7 +97,8 @@ def _world(folder: Path) -> dict[str, Any]:
 def _result(run: Path) -> Any:
     """Losses step by step and the hashes of the weights, the newest and the best."""
     lines = [json.loads(line) for line in (run / "stage1" / "metrics.jsonl").read_text().splitlines()]
-    losses = [{key: value for key, value in line.items() if key not in ("time", "tokens_per_second")} for line in lines]
+    timed = ("time", "tokens_per_second", "waiting")
+    losses = [{key: value for key, value in line.items() if key not in timed} for line in lines]
     files = [read_checkpoint(run / "stage1" / name).files for name in ("last", "best")]
     weights = [
         {name: record.sha256 for name, record in each.items() if name.endswith(".safetensors")} for each in files

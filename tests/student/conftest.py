@@ -272,7 +272,7 @@ def logged(run: Path, kind: str, stage: int = 1) -> list[dict[str, Any]]:
 def without_times(run: Path, stage: int = 1) -> list[dict[str, Any]]:
     """All lines of a stage's metrics.jsonl, without the figures of the clock."""
     text = (run / f"stage{stage}" / "metrics.jsonl").read_text(encoding="utf-8")
-    timed = ("time", "tokens_per_second")
+    timed = ("time", "tokens_per_second", "waiting")
     return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in text.splitlines()]
 
 

@@ -307,6 +307,7 @@ def test_the_folder_says_what_was_done(configured, run, capsys):
     train = logged(run, "train")
     assert [line["step"] for line in train] == list(range(1, 9))
     assert all(math.isfinite(line["grad_norm"]) and line["tokens_per_second"] > 0 for line in train)
+    assert all(0 <= line["waiting"] < 1 for line in train)
     assert capsys.readouterr().out == ""  # standard output belongs to results
 
 
