@@ -172,6 +172,7 @@ class CacheConfig(ConfigModel):
         None, description="a cache of the same identity whose projection this one takes, so that both train together"
     )
     card: CardConfig = CardConfig()
+    stall_seconds: float = Field(240, gt=0, description="after which an engine without a sign of life is given up")
     trust_remote_code: bool = Field(False, description="run code that the teacher's folder brings; recorded")
 
 

@@ -70,7 +70,9 @@ UNPROVOKED = {
     ),
     "teacher/on_ray.py: …": "Ctrl-C on a Ray cluster; the signal itself is sent in tests/launch/test_ray_cluster.py",
     "teacher/vllm_engine.py: vllm …: ….": "needs pipeline parallelism, or a compiling vllm on a GPU",
-    "teacher/vllm_engine.py: The vllm engine stopped: ….": "needs an engine process on a GPU that dies by itself",
+    "teacher/vllm_engine.py: The vllm engine finished … sequences without all their positions captured.": (
+        "needs a vllm that loses a prompt"
+    ),
 }
 
 

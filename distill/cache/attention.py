@@ -47,11 +47,6 @@ class AttentionSpec:
     soft_cap: float | None
     window: int | None  # positions that a query sees, itself among them; None: all before it
 
-    @property
-    def rotary_dim(self) -> int:
-        """Coordinates of a head that the rotary embedding turns: 2 F, the first of them."""
-        return 2 * len(self.inv_freq)
-
 
 def dequantise(values: NDArray[np.int8], scale: NDArray[np.float32]) -> NDArray[np.float32]:
     """``layer<i>_q`` [L, H * d] and ``layer<i>_q_scale`` [L, H], or the keys' columns, as [L, H, d] float32."""
@@ -82,7 +77,7 @@ def rebuild_map(q_LHd: NDArray[Any], k_LGd: NDArray[Any], spec: AttentionSpec) -
 
 
 def rotate(x_LHd: NDArray[np.float64], spec: AttentionSpec) -> NDArray[np.float64]:
-    """The rotary embedding of positions 0 to L-1, [L, H, d]; coordinates past ``rotary_dim`` stay as they are."""
+    """The rotary embedding of positions 0 to L-1, [L, H, d]; coordinates past 2F stay as they are."""
     num = len(spec.inv_freq)
     angle_L1F = np.multiply.outer(np.arange(len(x_LHd)), spec.inv_freq.astype(np.float64))[:, None, :]
     cos, sin = np.cos(angle_L1F) * spec.rope_factor, np.sin(angle_L1F) * spec.rope_factor

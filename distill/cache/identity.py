@@ -84,7 +84,7 @@ def data_differences(cache: Plan, asked: Plan) -> list[str]:
     for old, new in zip(cache.sources, asked.sources, strict=False):
         lines += [
             f"{name} of {new.path}: cache {_shown(getattr(old, name))}, asked {_shown(getattr(new, name))}"
-            for name in ("domain", "num_rows", "split", "sha256")
+            for name in ("domain", "num_rows", "split", "sha256", "columns")
             if getattr(old, name) != getattr(new, name)
         ]
     if cache.eval_fraction != asked.eval_fraction:
@@ -95,6 +95,8 @@ def data_differences(cache: Plan, asked: Plan) -> list[str]:
 
 
 def _shown(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name}={text}" for name, text in value.items()) or "as found"
     if isinstance(value, tuple):
         return ", ".join(_shown(item) for item in value)
     if isinstance(value, float):

@@ -77,6 +77,11 @@ class Identity(_Model):
     )
     schema_version: Literal[1] = 1
 
+    @property
+    def gives_more_rows(self) -> bool:
+        """Whether an input row may become several sequences: pieces of an over-long one, several answers."""
+        return self.overlong == "split" or (self.generation is not None and self.generation.num > 1)
+
     @model_validator(mode="after")
     def _leaves_a_tail(self) -> "Identity":
         if self.top_k >= self.vocab_size:
@@ -107,6 +112,7 @@ class Source(_Model):
     sha256: str = Field(description="hash of the file's content, or a data set's fingerprint")
     num_rows: int = Field(ge=0)
     split: Split | None = Field(None, description="null: a hash of each row decides")
+    columns: dict[str, str] = _optional({}, "columns that the user named: response -> its name")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)

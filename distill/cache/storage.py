@@ -196,11 +196,20 @@ def create_once(path: Path, data: bytes) -> bool:
             try:
                 os.link(temporary, path)
             except FileExistsError:
-                return False
+                # Over NFS the answer to a link may be lost, and the client's second try meets the first one's work.
+                if not _is_same_file(temporary, path):
+                    return False
             sync(path.parent)
             return True
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _is_same_file(path: Path, other: Path) -> bool:
+    try:
+        return os.path.samestat(path.lstat(), other.lstat())
+    except FileNotFoundError:
+        return False
 
 
 def write(path: Path, fill: Callable[[BinaryIO], object], *, need: int) -> str:

@@ -44,6 +44,7 @@ class CacheWriter:
         self.root = root
         self.plan = plan
         self._known_projection: _KnownProjection | None = None
+        self._nonces: set[str] = set()  # of the files written here
 
     @staticmethod
     def open(root: str | Path, plan: Plan) -> "CacheWriter":
@@ -100,6 +101,10 @@ class CacheWriter:
             if name:
                 storage.delete(self.root, name)
         return self._committed(unit, generation)
+
+    def is_own(self, commit: Commit) -> bool:
+        """Whether ``commit`` is of a unit that this writer made: the record of a lost race is another's."""
+        return commit.nonce in self._nonces
 
     def seal(self) -> Manifest | None:
         """Write the manifest and sweep away files of lost races and killed writers; None while units are missing.
@@ -174,14 +179,9 @@ class CacheWriter:
         return sane, insane
 
     def _check_accounts(self, unit: Unit, *, num_rows: int, num_rejects: int, num_input_rows: int) -> None:
-        """Every input row is a sequence or a reject.
-
-        Splitting over-long rows makes more sequences than input rows, and so do several answers to a prompt.
-        """
-        identity = self.plan.identity
-        splits = identity.overlong == "split" or (identity.generation is not None and identity.generation.num > 1)
+        """Every input row is a sequence or a reject, or several where a row may give more."""
         accounted = num_rows + num_rejects
-        lost = accounted < num_input_rows or (accounted > num_input_rows and not splits)
+        lost = accounted < num_input_rows or (accounted > num_input_rows and not self.plan.identity.gives_more_rows)
         if lost or num_input_rows != unit.num_input_rows:
             raise CorruptionError(
                 f"unit {unit.unit} is planned with {unit.num_input_rows} input rows; {num_input_rows} were read, and "
@@ -194,6 +194,7 @@ class CacheWriter:
     ) -> Commit:
         """The shard and the rejects, on disk and read back, and the record that would make them visible."""
         nonce = secrets.token_hex(8)
+        self._nonces.add(nonce)
         stem = generations.shard_stem(unit.unit, generation, nonce)
         shard = f"shards/{stem}.parquet"
         written = self._write_shard(shard, unit, rows)

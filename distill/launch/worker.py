@@ -13,11 +13,10 @@ from distill.errors import UsageError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Worker:
-    """Worker ``index``, from 0, of ``count``; ``origin`` says where that was read."""
+    """Worker ``index``, from 0, of ``count``."""
 
     index: int = 0
     count: int = 1
-    origin: str = "alone"
 
     def __str__(self) -> str:
         return f"{self.index}/{self.count}"
@@ -89,4 +88,4 @@ def _placed(index: int, count: int, origin: str) -> Worker:
             f"{origin}: there is no worker {index} of {count}. Workers count from 0, so the last of {count} is "
             f"{max(count - 1, 0)}/{count}; pass --worker INDEX/COUNT where a scheduler's numbers have gaps."
         )
-    return Worker(index=index, count=count, origin=origin)
+    return Worker(index=index, count=count)

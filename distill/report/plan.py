@@ -5,12 +5,11 @@ the columns that need no teacher are written into memory by the cache's own writ
 ``distill.report.typical``. With it the teacher runs over a few sequences (``distill.teacher.measure``).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import sqrt
 
-from distill.cache.plan import Heads
-from distill.config import CacheConfig
+from distill.config import CacheConfig, TargetsConfig
 from distill.errors import DataError, UsageError
 from distill.records import Prompt
 from distill.report.anatomy import Anatomy, anatomy
@@ -78,15 +77,14 @@ def _check(config: CacheConfig, look: Look) -> None:
 
 
 def _measured(seen: Examined, num_tokens: int) -> Measured:
-    """Loads the teacher for a few drawn sequences. Inner layers are left out: their sizes hardly depend on the data."""
+    """Loads the teacher for a few drawn sequences."""
     wanted = num_tokens * (1 + FIT_SHARE)
     drawn = draw(seen.sources, maker=seen.maker, wanted=wanted, seed=seen.config.seed)
     divided = divide([item for item in drawn if isinstance(item, Prompt)], num_tokens=num_tokens)
-    targets = seen.config.targets.model_copy(update={"layers": (), "heads": {}})
-    config = seen.config.model_copy(update={"teacher": str(seen.folder), "targets": targets})
+    config = seen.config.model_copy(update={"teacher": str(seen.folder)})
     engine = load_engine(config, vocab_size=seen.vocab_size)
     try:
-        return measure(engine, divided, targets=targets, seed=config.seed)
+        return measure(engine, divided, targets=config.targets, seed=config.seed)
     finally:
         engine.close()
 
@@ -164,8 +162,7 @@ class _Planner:
 
     def _storage(self) -> Storage:
         targets, load = self.seen.config.targets, self.load
-        heads = _head_values(kept_heads(self.seen.model.get_text_config(), targets))
-        sizes = typical_bytes(targets, vocab_size=self.seen.vocab_size, hidden_size=self._hidden_size, heads=heads)
+        sizes = self._typical(targets)
         if self.measured:
             sizes |= joined_hidden(self.measured.bytes_per_token)
         known = {name: size for name, size in load.bytes.items() if name != "footers"}
@@ -182,6 +179,10 @@ class _Planner:
             bytes_per_target=shards / load.num_targets,
             source="measured" if self.measured else "typical",
         )
+
+    def _typical(self, targets: TargetsConfig) -> dict[str, float]:
+        heads = kept_heads(self.seen.model.get_text_config(), targets)
+        return typical_bytes(targets, vocab_size=self.seen.vocab_size, hidden_size=self._hidden_size, heads=heads)
 
     def _memory(self, sizes: Anatomy) -> Memory:
         return memory_of(
@@ -212,10 +213,7 @@ class _Planner:
         chosen, batch = None, None
         reasons: list[str] = []
         if self.measured:
-            found = choices(
-                self.measured, self.seen.config.targets, vocab_size=self.seen.vocab_size, hidden_size=self._hidden_size
-            )
-            chosen, why = best_choice(found)
+            chosen, why = best_choice(choices(self.measured, self.seen.config.targets, typical=self._typical))
             reasons += why
         if sizes and memory and self.machine.gpu_memory is not None:
             batch = largest_batch(sizes, memory, config=self.seen.config, gpu_memory=self.machine.gpu_memory)
@@ -257,13 +255,3 @@ class _Planner:
             w.tensor_parallel_size is None for w in memory.weights if w.dtype == memory.dtype
         ):
             yield f"the teacher does not fit 64 such GPUs in {memory.dtype}, or none of their numbers divides its heads"
-
-
-def _head_values(heads: Sequence[Heads]) -> dict[str, int]:
-    """Columns of queries and keys -> values for a target."""
-    return {
-        f"layer{kept.layer}_{name}": len(ids) * size
-        for kept in heads
-        for side, ids in (("q", kept.heads), ("k", kept.kv_heads))
-        for name, size in ((side, kept.head_dim), (f"{side}_scale", 1))
-    }

@@ -1,12 +1,12 @@
 """What was measured of a teacher flows in, the smallest targets that serve its students flow out."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from distill.config import TargetsConfig
-from distill.report.typical import typical_bytes
 from distill.teacher.measure import Measured
 
+Typical = Callable[[TargetsConfig], dict[str, float]]  # column -> bytes for a target
 WITHIN = 0.03  # total variation that a choice may be behind the best one, at each temperature
 
 
@@ -20,7 +20,7 @@ class Choice:
     distances: dict[float, float]  # temperature -> total variation
 
 
-def choices(measured: Measured, targets: TargetsConfig, *, vocab_size: int, hidden_size: int) -> list[Choice]:
+def choices(measured: Measured, targets: TargetsConfig, *, typical: Typical) -> list[Choice]:
     """Every measured k and size of the hidden state, with its bytes: typical ones, scaled to what was measured."""
     by_choice: dict[tuple[int, int], dict[float, float]] = {}
     for item in measured.distances:
@@ -29,21 +29,17 @@ def choices(measured: Measured, targets: TargetsConfig, *, vocab_size: int, hidd
     found = []
     for (top_k, size), distances in by_choice.items():
         other = targets.model_copy(update={"top_k": top_k, "hidden_bytes": size})
-        sizes = scaled_bytes(measured, targets, other, vocab_size=vocab_size, hidden_size=hidden_size)
-        total = sum(sizes.values())
+        total = sum(scaled_bytes(measured, targets, other, typical=typical).values())
         found.append(Choice(top_k=top_k, hidden_bytes=size, bytes_per_target=total, distances=distances))
     return sorted(found, key=lambda choice: choice.bytes_per_target)
 
 
 def scaled_bytes(
-    measured: Measured, targets: TargetsConfig, other: TargetsConfig, *, vocab_size: int, hidden_size: int
+    measured: Measured, targets: TargetsConfig, other: TargetsConfig, *, typical: Typical
 ) -> dict[str, float]:
     """Column -> bytes for a target of ``other``, by what those of ``targets`` took."""
-    typical, wanted = (
-        typical_bytes(config, vocab_size=vocab_size, hidden_size=hidden_size) for config in (targets, other)
-    )
-    seen = joined_hidden(measured.bytes_per_token)
-    return {name: size * (seen[name] / typical[name] if name in typical else 1.0) for name, size in wanted.items()}
+    before, wanted, seen = typical(targets), typical(other), joined_hidden(measured.bytes_per_token)
+    return {name: size * (seen[name] / before[name] if name in before else 1.0) for name, size in wanted.items()}
 
 
 def joined_hidden(sizes: dict[str, float]) -> dict[str, float]:

@@ -166,7 +166,7 @@ def _check_record(findings: _Findings, plan: Plan, unit: Unit, commit: Commit, *
     if (commit.unit, commit.domain) != (unit.unit, unit.domain):
         findings.add(name, f"is the record of unit {commit.unit} of {commit.domain}", unit=unit.unit)
     accounted = commit.num_rows.total + commit.num_rejects
-    more_allowed = plan.identity.overlong == "split"
+    more_allowed = plan.identity.gives_more_rows
     if commit.num_input_rows != unit.num_input_rows or accounted < commit.num_input_rows:
         findings.add(name, f"accounts for {accounted} of {unit.num_input_rows} input rows", unit=unit.unit)
     elif accounted > commit.num_input_rows and not more_allowed:

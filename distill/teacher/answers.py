@@ -15,6 +15,7 @@ from distill.cache.samples import Sample
 from distill.config import CacheConfig
 from distill.data.prompts import PromptMaker, prompts_of
 from distill.data.sources import Source
+from distill.errors import UsageError
 from distill.records import Prompt, Question, SequenceTargets, Targets
 from distill.teacher.engine import Engine, Writing
 
@@ -58,11 +59,17 @@ def _noted(items: Iterable[Prompt | Question], asked: dict[int, Question]) -> It
 
 
 def stop_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
-    """Ids that end an answer: the tokenizer's, and those of the teacher's ``generation_config.json``."""
+    """Ids that end an answer: the tokenizer's, and those of the teacher's ``generation_config.json``.
+
+    Raises UsageError when that file is damaged.
+    """
     path = folder / "generation_config.json"
-    ids = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
-    found = {*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None}
-    return tuple(sorted(found))
+    try:
+        ids = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+        found = {*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None}
+        return tuple(sorted(int(number) for number in found))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UsageError(f"cannot read {path}: {error}. Download the teacher again, whole.") from error
 
 
 def write_samples(

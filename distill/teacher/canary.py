@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distill.cache import storage, tensors
+from distill.cache import tensors
 from distill.cache.plan import Unit
 from distill.cache.writer import CacheWriter
 from distill.errors import CorruptionError
@@ -93,19 +93,28 @@ def _compare_with_first(canaries: Sequence[Canary], noise: float, writer: CacheW
     arrays = {f"{n}/{name}": values for n, canary in enumerate(canaries) for name, values in canary.known.items()}
     arrays |= {f"{n}/input_ids": canary.prompt.input_ids for n, canary in enumerate(canaries)}
     stored = writer.put_once(CANARIES_FILE, tensors.dump(arrays, {"noise": repr(noise)}))
-    first, metadata = tensors.load(stored, name=CANARIES_FILE)
-    tolerance = max(_SMALLEST_ELSEWHERE, _TIMES_ELSEWHERE * max(noise, float(metadata["noise"])))
-    for n, canary in enumerate(canaries):
-        ids = first.get(f"{n}/input_ids")
-        if ids is None or not np.array_equal(ids, canary.prompt.input_ids):
-            continue  # the first worker drew other sequences
-        found = drift({name: first[f"{n}/{name}"] for name in canary.known}, canary.known)
+    where = f"{writer.root}/{CANARIES_FILE}"
+    first, metadata = tensors.load(stored, name=where)
+    try:
+        tolerance = max(_SMALLEST_ELSEWHERE, _TIMES_ELSEWHERE * max(noise, float(metadata["noise"])))
+        drifts = [_drift_from(first, n, canary) for n, canary in enumerate(canaries)]
+    except (KeyError, ValueError, IndexError) as error:
+        raise CorruptionError(f"{where} lacks or garbles {error}. Restore it from a copy, or delete it.") from error
+    for found in drifts:
         if not found <= tolerance:
             raise CorruptionError(
-                f"{storage.inside(writer.root, CANARIES_FILE)}: the same sequence comes out {found:.3g} off from what "
+                f"{where}: the same sequence comes out {found:.3g} off from what "
                 f"the worker that began this cache got of it, and only {tolerance:.3g} can be noise. Nothing was "
                 "written. Check this machine's GPU, its vllm and engine_options against the other worker's."
             )
+
+
+def _drift_from(first: Kept, n: int, canary: Canary) -> float:
+    """How far a canary is from what the first worker's file holds of it; 0 where that drew another sequence."""
+    ids = first.get(f"{n}/input_ids")
+    if ids is None or not np.array_equal(ids, canary.prompt.input_ids):
+        return 0.0
+    return drift({name: first[f"{n}/{name}"] for name in canary.known}, canary.known)
 
 
 def kept(targets: Targets) -> Kept:
@@ -121,7 +130,7 @@ def drift(before: Kept, after: Kept) -> float:
     """
     now, then = (np.exp(known["topk_logprobs"].astype(np.float64)) for known in (after, before))
     same_NKK = before["topk_ids"][:, :, None] == after["topk_ids"][:, None, :]
-    matched = np.where(same_NKK, now[:, None, :], 0.0).sum(2)
+    matched = np.einsum("nij,nj->ni", same_NKK, now)  # makes no float of each comparison: k may be a thousand
     variation_N = 0.5 * (np.abs(then - matched).sum(1) + now.sum(1) - matched.sum(1))
     change_N = np.abs(before["log_z"].astype(np.float64) - after["log_z"]).max(1)
     return float(np.maximum(variation_N.mean(), change_N.mean()))

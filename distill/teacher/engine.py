@@ -46,12 +46,8 @@ class Writing:
 class Engine(Protocol):
     """A loaded teacher."""
 
-    name: str
-    version: str
     batch_option: str  # of the engine, that bounds ``batch_tokens``
     batch_tokens: int  # tokens in one forward pass at most
-    dtype: str
-    kv_cache_dtype: str
 
     def moments(self, prompts: Iterable[Prompt]) -> Moments:
         """Count, sum and outer product of the final hidden states, from each prompt's first trained target on."""

@@ -8,6 +8,7 @@ then at what is left of the others' shares. A unit belongs to whoever commits it
 nobody.
 """
 
+import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,7 +18,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from distill.cache import generations, storage
-from distill.cache.plan import Unit
+from distill.cache.plan import Commit, Unit
 from distill.cache.writer import CacheWriter
 from distill.interrupt import Interrupt
 from distill.launch.worker import Worker
@@ -40,13 +41,29 @@ class Capturing(Protocol):
         """(ordinal, targets of a prompt, or a question's whole row), in any order."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Filled:
-    """What this worker added to the cache: what it captured in vain, because another was first, does not count."""
+    """What this worker added to the cache, with however many engines: what another was first with does not count."""
 
-    num_units: int
-    num_targets: int
-    seconds: float  # capture alone
+    num_units: int = 0
+    num_targets: int = 0
+    num_rejects: int = 0
+    seconds: float = 0.0  # capture alone
+
+    @contextlib.contextmanager
+    def timed(self) -> Iterator[None]:
+        """Counts the seconds of what happens meanwhile."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds += time.monotonic() - started
+
+    def add(self, commit: Commit) -> None:
+        """Counts a unit."""
+        self.num_units += 1
+        self.num_targets += commit.num_targets.total
+        self.num_rejects += commit.num_rejects
 
 
 @dataclass(slots=True, kw_only=True)
@@ -103,11 +120,10 @@ class _Stream:
 class _Writes:
     """Commits units in a thread of its own, few at a time; a context manager that ends with all of them written."""
 
-    def __init__(self, writer: CacheWriter) -> None:
-        self._writer = writer
+    def __init__(self, writer: CacheWriter, filled: Filled) -> None:
+        self._writer, self._filled = writer, filled
         self._thread = ThreadPoolExecutor(1)
         self._pending: deque[Future[None]] = deque()
-        self.num_units = self.num_targets = self.num_rejects = 0
 
     def add(self, *finished: _OpenUnit) -> None:
         """Commits finished units soon. Raises what an earlier commit raised."""
@@ -126,10 +142,10 @@ class _Writes:
             return
         rows = [row for row in opened.rows if row is not None]
         assert len(rows) == len(opened.rows), "a finished unit has all its targets"
-        self._writer.commit(opened.unit, rows, rejects=opened.rejects, num_input_rows=opened.unit.num_input_rows)
-        self.num_units += 1
-        self.num_targets += sum(row.prompt.num_targets for row in rows)
-        self.num_rejects += len(opened.rejects)
+        unit, rejects = opened.unit, opened.rejects
+        commit = self._writer.commit(unit, rows, rejects=rejects, num_input_rows=unit.num_input_rows)
+        if self._writer.is_own(commit):
+            self._filled.add(commit)
 
     def __enter__(self) -> Self:
         return self
@@ -149,19 +165,26 @@ class _Writes:
 
 
 def fill(
-    engine: Capturing, *, writer: CacheWriter, worker: Worker, read_unit: ReadUnit, interrupt: Interrupt, quiet: bool
+    engine: Capturing,
+    *,
+    writer: CacheWriter,
+    worker: Worker,
+    read_unit: ReadUnit,
+    interrupt: Interrupt,
+    quiet: bool,
+    filled: Filled | None = None,
 ) -> Filled:
     """Captures and commits missing units until there are none, whoever committed them.
 
     ``read_unit`` gives the sequences or questions, and the rejects, of a unit's input rows, in order, and canaries,
     which are checked and not stored. An error of the engine, the data or the disk ends the run, as a signal does by
-    KeyboardInterrupt: units that are complete by then are committed, open ones are dropped.
+    KeyboardInterrupt: units that are complete by then are committed, open ones are dropped. What is committed is added
+    to ``filled``, also when the run ends so.
     """
+    filled = filled or Filled()
     stream = _Stream(writer, worker, read_unit)
-    num_targets = 0
-    started = time.monotonic()
-    progress = _Progress(writer, worker, quiet=quiet)
-    with progress.ticker, _Writes(writer) as writes:
+    progress = _Progress(writer, worker, filled, quiet=quiet)
+    with filled.timed(), progress.ticker, _Writes(writer, filled) as writes:
         for ordinal, targets in engine.capture(stream):
             opened, index, item = stream.places.pop(ordinal)
             if isinstance(item, Canary):
@@ -170,18 +193,16 @@ def fill(
                 item.check(targets, opened.unit)
             else:
                 row = _row(item, targets)
-                num_targets += row.prompt.num_targets
+                progress.num_targets += row.prompt.num_targets
                 if not opened.lost:
                     opened.rows[index] = row
             opened.num_waiting -= 1
             writes.add(*stream.take_finished())
             writes.check()
             interrupt.check()
-            rate = num_targets / (time.monotonic() - started)
-            progress.show(writes, num_targets=num_targets, rate=rate)
+            progress.show()
         writes.add(*stream.take_finished())  # units without a single sequence
-    seconds = time.monotonic() - started
-    return Filled(num_units=writes.num_units, num_targets=writes.num_targets, seconds=seconds)
+    return filled
 
 
 def _row(item: Prompt | Question, targets: Targets | SequenceTargets) -> SequenceTargets:
@@ -194,19 +215,24 @@ def _row(item: Prompt | Question, targets: Targets | SequenceTargets) -> Sequenc
 class _Progress:
     """Shows how many of the units that were missing are in, other workers' among them."""
 
-    def __init__(self, writer: CacheWriter, worker: Worker, *, quiet: bool) -> None:
-        self._writer, self._worker = writer, worker
-        self._num_missing = len(writer.missing_units())
+    def __init__(self, writer: CacheWriter, worker: Worker, filled: Filled, *, quiet: bool) -> None:
+        self._writer, self._worker, self._filled = writer, worker, filled
+        self._num_missing, self._num_before = len(writer.missing_units()), filled.num_units
         self._num_done, self._counted = 0, time.monotonic()
+        self._started = time.monotonic()
+        self.num_targets = 0  # captured, whether they are committed yet or not
         self.ticker = Ticker("cache-teacher", total=self._num_missing, quiet=quiet)
 
-    def show(self, writes: _Writes, *, num_targets: int, rate: float) -> None:
+    def show(self) -> None:
+        now = time.monotonic()
         if self._worker.count == 1:
-            self._num_done = writes.num_units
-        elif time.monotonic() - self._counted > _COUNT_EVERY_S:
+            self._num_done = self._filled.num_units - self._num_before
+        elif now - self._counted > _COUNT_EVERY_S:
             self._num_done = self._num_missing - len(self._writer.missing_units())
-            self._counted = time.monotonic()
-        self.ticker.update(self._num_done, tokens=num_targets, tokens_per_s=rate, rejects=writes.num_rejects)
+            self._counted = now
+        rate = self.num_targets / (now - self._started)
+        rejects = self._filled.num_rejects
+        self.ticker.update(self._num_done, tokens=self.num_targets, tokens_per_s=rate, rejects=rejects)
 
 
 def units_to_do(writer: CacheWriter, worker: Worker) -> Iterator[Unit]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from distill.cache.plan import Heads
 from distill.cache.projection import Projection
+from distill.errors import UsageError
 from distill.teacher.heads import refusal
 
 _PLAIN = (torch.float32, torch.bfloat16, torch.float16)
@@ -80,9 +81,14 @@ class LayerInputs:
 
     def __init__(self, model: Any, *, layers: Sequence[int], heads: Sequence[Heads]) -> None:
         decoder = model.get_decoder()
-        self._decoder = decoder if hasattr(decoder, "layers") else decoder.model
+        self._decoder = decoder if hasattr(decoder, "layers") else getattr(decoder, "model", decoder)
         self._heads = tuple(heads)
         self._seen: dict[int, list[Tensor]] = {layer: [] for layer in {*layers, *(kept.layer for kept in heads)}}
+        if self._seen and not hasattr(self._decoder, "layers"):
+            raise UsageError(
+                f"{type(decoder).__name__} does not show its layers where other decoders do. Keep no inner layers and "
+                "no heads, or try --engine vllm."
+            )
         for kept in self._heads:
             _check_weights(self._decoder.layers[kept.layer].self_attn, kept)
         for layer in self._seen:

@@ -120,10 +120,11 @@ def _run(job: Job, worker: Worker, interrupt: Interrupt, *, quiet: bool) -> Cach
             root=job.writer.root, manifest=job.writer.seal(), num_units_written=0, num_targets=0, seconds=0.0
         )
     config = job.config.model_copy(update={"teacher": str(job.folder)})
+    filled = Filled()
     for restarts_left in range(_RESTARTS, -1, -1):
         engine = load_engine(config, vocab_size=job.writer.plan.identity.vocab_size)
         try:
-            filled = _fill(job, engine, worker, interrupt, quiet=quiet)
+            _fill(job, engine, worker, filled, interrupt=interrupt, quiet=quiet)
             break
         except EngineError as error:
             if not restarts_left or interrupt.name is not None:
@@ -148,7 +149,7 @@ def _with_smaller_batches(config: CacheConfig, engine: Engine) -> CacheConfig:
     return config.model_copy(update={"engine_options": {**config.engine_options, **smaller}})
 
 
-def _fill(job: Job, engine: Engine, worker: Worker, interrupt: Interrupt, *, quiet: bool) -> Filled:
+def _fill(job: Job, engine: Engine, worker: Worker, filled: Filled, *, interrupt: Interrupt, quiet: bool) -> None:
     _install_projection(job, engine)
     _keep_samples(job, engine)
     canaries = canary.release(engine, canary.choose(_train_rows(job)), job.writer)
@@ -156,12 +157,13 @@ def _fill(job: Job, engine: Engine, worker: Worker, interrupt: Interrupt, *, qui
     def read_unit(unit: Unit) -> Iterator[Item | Reject]:
         return canary.with_canaries(job.read_unit(unit), canaries)
 
-    return fill(
+    fill(
         job.answering(engine) or engine,
         writer=job.writer,
         worker=worker,
         read_unit=read_unit,
         interrupt=interrupt,
+        filled=filled,
         quiet=quiet,
     )
 
@@ -185,11 +187,16 @@ def prepare(config: CacheConfig) -> Job:
     text_model, layers = seen.model.get_text_config(), tuple(sorted(config.targets.layers))
     heads = kept_heads(text_model, config.targets)
     attention = attention_specs(folder, text_model, heads, trust_remote_code=config.trust_remote_code)
+    columns = config.columns.model_dump(exclude_none=True)
     plan_sources = [
-        PlanSource(domain=s.domain, path=s.path, sha256=s.sha256, num_rows=len(s), split=s.split) for s in sources
+        PlanSource(domain=s.domain, path=s.path, sha256=s.sha256, num_rows=len(s), split=s.split, columns=columns)
+        for s in sources
     ]
-    quantisation = getattr(seen.model, "quantization_config", None) or {}
+    # vLLM can also quantise what it loads.
+    stored = dict(getattr(seen.model, "quantization_config", None) or {}).get("quant_method")
+    quantisation = config.engine_options.get("quantization") or stored
     template = chat_template_text(seen.tokenizer)
+    stops = stop_ids(folder, seen.tokenizer)
     identity = Identity(
         teacher_weights=model_files_hash(folder),
         token_map=token_map_hash(token_map(seen.tokenizer)),
@@ -199,7 +206,7 @@ def prepare(config: CacheConfig) -> Job:
         overlong=config.overlong,
         max_length=config.max_length,
         dtype=config.dtype,
-        quantisation=dict(quantisation).get("quant_method"),
+        quantisation=quantisation,
         head_dtype=config.head_dtype if config.head_dtype == "float32" else config.dtype,
         top_k=config.targets.top_k,
         temperatures=config.targets.temperatures,
@@ -228,7 +235,7 @@ def prepare(config: CacheConfig) -> Job:
         writer=writer,
         sources=sources,
         maker=seen.maker,
-        stop_ids=stop_ids(folder, seen.tokenizer),
+        stop_ids=stops,
         attention=attention,
     )
 
@@ -259,8 +266,9 @@ def _keep_teacher_files(writer: CacheWriter, folder: Path, tokenizer: Any) -> No
     """All that a trainer needs of the teacher: its configuration and tokenizer, never its weights."""
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer.save_pretrained(scratch)
-        for path in sorted(Path(scratch).iterdir()):
-            writer.put_once(f"teacher/{path.name}", path.read_bytes())
+        for path in sorted(Path(scratch).rglob("*")):  # further chat templates lie in a folder of their own
+            if path.is_file():
+                writer.put_once(f"teacher/{path.relative_to(scratch).as_posix()}", path.read_bytes())
     writer.put_once("teacher/config.json", (folder / "config.json").read_bytes())
 
 
@@ -270,10 +278,10 @@ def _install_projection(job: Job, engine: Engine) -> None:
     if not targets.hidden_bytes:
         engine.install(None)
         return
-    stored, proven = (job.writer.root / f"{name}.safetensors" for name in ("projection", "fidelity"))
+    stored, proven = (storage.inside(job.writer.root, f"{name}.safetensors") for name in ("projection", "fidelity"))
     sample = calibration.split_sample(_draw(job, engine)) if not (stored.exists() and proven.exists()) else None
     if stored.exists():
-        projection = stored.read_bytes()
+        projection = storage.read(stored)
     else:
         assert sample is not None
         fitted = calibration.fit(engine, sample.fit, hidden_bytes=targets.hidden_bytes)

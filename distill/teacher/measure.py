@@ -100,6 +100,8 @@ def divide(prompts: Sequence[Prompt], *, num_tokens: int) -> Drawn:
 def measure(engine: Engine, drawn: Drawn, *, targets: TargetsConfig, seed: int) -> Measured:
     """Masses, distances, bytes and rates of ``engine`` on ``drawn.measured``. RetryError when the engine dies."""
     widest = calibration.fit(engine, drawn.fit, hidden_bytes=max(*HIDDEN_BYTES, targets.hidden_bytes))
+    layers = calibration.fit_layers(engine, drawn.fit, layers=targets.layers, layer_bytes=targets.layer_bytes)
+    widest = replace(widest, layers=layers)
     engine.install(narrowed(widest, targets.hidden_bytes) if targets.hidden_bytes else None)
     rows, capture_s = _capture(engine, drawn.measured)
     started = time.perf_counter()
@@ -160,11 +162,8 @@ def _bytes_per_token(rows: Sequence[SequenceTargets], targets: TargetsConfig) ->
     file = io.BytesIO()
     write_rows(file, rows, layout)
     sizes = column_bytes(pq.read_metadata(file))
-    of_teacher = [
-        name for name in sizes if name.startswith(("topk_", "log_", "hidden_", "entropy", "sampled_", "layer"))
-    ]
     num = num_distinct([row.prompt.input_ids for row in rows], top_k=targets.top_k)
-    return {name: sizes[name] / num for name in of_teacher}
+    return {name: size / num for name, size in sizes.items() if name.startswith(_OF_TEACHER)}
 
 
 class _Found:

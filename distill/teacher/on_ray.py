@@ -61,7 +61,7 @@ def _run(job: Job, num_workers: int | None, *, quiet: bool) -> CacheResult:
 
 def _work(config: dict[str, Any], index: int, count: int) -> None:
     """What an actor does."""
-    cache_teacher(CacheConfig.model_validate(config), worker=Worker(index=index, count=count, origin="Ray"), quiet=True)
+    cache_teacher(CacheConfig.model_validate(config), worker=Worker(index=index, count=count), quiet=True)
 
 
 class _Progress:

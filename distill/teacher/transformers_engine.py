@@ -4,6 +4,7 @@ Slower than vLLM, and the reference that vLLM's capture is tested against: the s
 Sequences run in padded batches of at most ``batch_tokens`` tokens, shortest together.
 """
 
+import gc
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from itertools import islice
@@ -17,12 +18,13 @@ from safetensors import SafetensorError
 
 from distill.cache.projection import Moments, Projection
 from distill.config import CacheConfig
-from distill.errors import EngineError, UsageError
+from distill.errors import UsageError
 from distill.records import Prompt, Question, Targets
 from distill.teacher import sampled
 from distill.teacher.capture import Head, Projector, Spec, can_compile, statistics
 from distill.teacher.chunks import Chunks
 from distill.teacher.engine import Answer, FloatArray, Writing, first_trained, question_id, seed_of, targets_of
+from distill.teacher.guard import Guard
 from distill.teacher.heads import kept_heads
 from distill.teacher.inner import InnerProjector, LayerInputs
 
@@ -38,16 +40,13 @@ class TransformersEngine:
     Of the options, ``device`` (default: cuda where there is one) and ``batch_tokens`` (default 4096) are taken here.
     """
 
-    name = "transformers"
     batch_option = "batch_tokens"
-    kv_cache_dtype = "none"
 
     def __init__(self, config: CacheConfig, *, vocab_size: int) -> None:
         options = dict(config.engine_options)
         default = "cuda" if torch.cuda.is_available() else "cpu"
         self._device = torch.device(options.pop("device", default))
         self.batch_tokens = int(options.pop("batch_tokens", 4096))
-        self.version = str(transformers.__version__)
         try:
             model, loading = transformers.AutoModelForCausalLM.from_pretrained(
                 config.teacher,
@@ -73,16 +72,19 @@ class TransformersEngine:
         if getattr(text_model, "attn_logit_softcapping", None) and "attn_implementation" not in options:
             model.set_attn_implementation("eager")  # the others leave the cap out without a word
         self._model = model.to(self._device).eval()
-        self.dtype = str(model.dtype).removeprefix("torch.")
         targets = config.targets
         self._spec = Spec(top_k=targets.top_k, temperatures=targets.temperatures, num_samples=targets.num_samples)
         self._head = _head_of(model, vocab_size, float32=config.head_dtype == "float32")
+        _check_head(self._model, self._head, self._device)
         self._chunks = Chunks(vocab_size, self._device)
         self._chunks.measure()
         self._projector: Projector | None = None
         self._inner_projector: InnerProjector | None = None
         heads = kept_heads(text_model, targets)
         self._inputs = LayerInputs(model, layers=targets.layers, heads=heads)
+        advice = "If memory ran out, lower engine_options.batch_tokens."
+        self._guard = guard = Guard("transformers", failures=RuntimeError, advice=advice, limit_s=config.stall_seconds)
+        model.register_forward_pre_hook(lambda *_: guard.beat())  # at each token of an answer
 
     @property
     def soft_cap(self) -> float | None:
@@ -151,7 +153,7 @@ class TransformersEngine:
                 yield ordinal, answer, self._targets(hidden_ND, inputs, seed=seed_of(question_id(item)))
 
     def _targets(self, hidden_ND: torch.Tensor, inputs: dict[int, torch.Tensor], *, seed: int) -> Targets:
-        with torch.inference_mode():
+        with self._guard, torch.inference_mode():
             keys_N = None
             if self._spec.num_samples:
                 keys_N = torch.from_numpy(sampled.keys(seed, 0, len(hidden_ND))).to(self._device)
@@ -179,14 +181,16 @@ class TransformersEngine:
         )
         ids_1P = torch.from_numpy(question.input_ids.astype(np.int64)).to(self._device)[None]
         self._inputs.clear()
-        with torch.inference_mode(), torch.random.fork_rng():
+        with self._guard, torch.inference_mode(), torch.random.fork_rng():
             torch.manual_seed(writing.seed_for(question))
             written = self._model.generate(ids_1P, attention_mask=torch.ones_like(ids_1P), generation_config=options)
         answer: NDArray[np.int32] = written.sequences[0, ids_1P.shape[1] :].cpu().numpy().astype(np.int32)
         return answer, torch.cat([step[-1][0] for step in written.hidden_states])
 
     def close(self) -> None:
-        del self._model, self._head
+        self._guard.close()
+        del self._model, self._head, self._inputs  # each of them holds weights
+        gc.collect()  # a model and its hooks hold each other, and the next one needs the room
 
     def _forward(self, prompts: Iterable[Prompt]) -> Iterator[_Seen]:
         """(ordinal, prompt, final hidden states [L-1, D], layer -> its inputs [L-1, D]) for each prompt."""
@@ -206,16 +210,10 @@ class TransformersEngine:
             ids_BS[row, : prompt.num_targets] = torch.from_numpy(prompt.input_ids[:-1])
             mask_BS[row, : prompt.num_targets] = 1
         self._inputs.clear()
-        try:
-            with torch.inference_mode():
-                output = self._model.model(
-                    input_ids=ids_BS.to(self._device), attention_mask=mask_BS.to(self._device), use_cache=False
-                )
-        except RuntimeError as error:
-            raise EngineError(
-                f"The teacher's forward pass failed: {error}. Committed units are kept; lower "
-                "engine_options.batch_tokens if memory ran out, and run the same command again."
-            ) from error
+        with self._guard, torch.inference_mode():
+            output = self._model.base_model(
+                input_ids=ids_BS.to(self._device), attention_mask=mask_BS.to(self._device), use_cache=False
+            )
         for row, (hidden_SD, (ordinal, prompt)) in enumerate(zip(output.last_hidden_state, batch, strict=True)):
             num = prompt.num_targets
             yield ordinal, prompt, hidden_SD[:num], self._inputs.of_row(row, num)
@@ -233,3 +231,17 @@ def _head_of(model: Any, vocab_size: int, *, float32: bool) -> Head:
         float32=float32,
         compiled=can_compile(layer.weight.device),
     )
+
+
+@torch.inference_mode()
+def _check_head(model: Any, head: Head, device: torch.device) -> None:
+    """Compares our logits with the model's own on a few tokens: some models do more to them than ``_head_of`` knows."""
+    ids_1S = torch.arange(8, device=device)[None] % head.num_ids
+    own_SV = model(input_ids=ids_1S, use_cache=False).logits[0, :, : head.num_ids].float()
+    states_SD = model.base_model(input_ids=ids_1S, use_cache=False).last_hidden_state[0]
+    error = float((head.logits(states_SD).float() - own_SV).abs().max())
+    if not error <= 0.02 * float(own_SV.abs().max()) + 1e-4:
+        raise UsageError(
+            f"{type(model).__name__} does something to its logits that distill does not know of: they differ by up to "
+            f"{error:.3g} from head times hidden state. Use --engine vllm, or another teacher."
+        )

@@ -20,11 +20,13 @@ from distill.config import CacheConfig
 from distill.errors import EngineError, RetryError, UsageError
 from distill.records import Prompt, Question, Targets
 from distill.teacher.engine import Answer, FloatArray, Writing, first_trained, question_id, seed_of, targets_of
+from distill.teacher.guard import Guard
 from distill.teacher.vllm_names import check_installed
 
 Mode = Literal["targets", "moments", "hidden", "inner"]
 
 _NOTHING = np.zeros(0, np.int32)
+_ADVICE = "If it ran out of memory, lower engine_options.max_num_batched_tokens or gpu_memory_utilization."
 _OLDEST = (0, 18)  # older releases load remote code without being asked to
 # Options that capture depends on.
 _OURS = (
@@ -41,22 +43,27 @@ _OURS = (
 class VllmEngine:
     """A teacher loaded in vLLM. ``engine_options`` of the configuration go to ``vllm.LLM`` as they are."""
 
-    name = "vllm"
     batch_option = "max_num_batched_tokens"
 
     def __init__(self, config: CacheConfig, *, vocab_size: int) -> None:
         for option in _OURS:
             if option in config.engine_options:
                 raise UsageError(f"engine_options.{option} is set by distill itself; remove it from engine_options.")
+        longest = config.engine_options.get("max_model_len", config.max_length)
+        if isinstance(longest, int) and 0 < longest < config.max_length:
+            raise UsageError(
+                f"engine_options.max_model_len is {longest}, and sequences may have {config.max_length} tokens. Choose "
+                f"--max-length {longest}, or leave max_model_len out."
+            )
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         import vllm
         from vllm.platforms import current_platform
 
-        self.version = str(vllm.__version__)
-        if tuple(int(part) for part in self.version.split(".")[:2]) < _OLDEST:
-            raise UsageError(f"vllm {self.version} is too old; install vllm {'.'.join(map(str, _OLDEST))} or newer.")
-        check_installed(self.version, inner=bool(config.targets.layers or config.targets.heads))
+        version = str(vllm.__version__)
+        if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST:
+            raise UsageError(f"vllm {version} is too old; install vllm {'.'.join(map(str, _OLDEST))} or newer.")
+        check_installed(version, inner=bool(config.targets.layers or config.targets.heads))
         defaults: dict[str, Any] = {"max_model_len": config.max_length, "disable_log_stats": True}
         self._is_cpu: bool = current_platform.is_cpu()
         if self._is_cpu:
@@ -84,23 +91,22 @@ class VllmEngine:
                 **{**defaults, **config.engine_options},
             )
         except (ValueError, TypeError) as error:  # pydantic's ValidationError is a ValueError
-            raise UsageError(f"vllm {self.version} refuses {config.teacher} or engine_options: {error}") from error
+            raise UsageError(f"vllm {version} refuses {config.teacher} or engine_options: {error}") from error
         except Exception as error:
             raise RetryError(
-                f"vllm {self.version} could not start with {config.teacher}: {error}. Nothing written so far is lost; "
+                f"vllm {version} could not start with {config.teacher}: {error}. Nothing written so far is lost; "
                 "check the GPU memory, engine_options and the teacher's folder, then run the same command again."
             ) from error
+        self._guard = Guard("vllm", failures=Exception, advice=_ADVICE, limit_s=config.stall_seconds)
         self._vocab_size = vocab_size
         scheduler = self._llm.llm_engine.vllm_config.scheduler_config
         self.batch_tokens: int = scheduler.max_num_batched_tokens
         self._window = 2 * scheduler.max_num_seqs
         self._request_ids = count()
-        facts = next(reply for reply in self._llm.collective_rpc("capture_facts") if reply is not None)
+        facts = next(reply for reply in self._call("capture_facts") if reply is not None)
         if facts["inner_refusal"]:
             self.close()
-            raise UsageError(f"vllm {self.version}: {facts['inner_refusal']}. Or keep no inner layers and no heads.")
-        self.dtype: str = facts["dtype"]
-        self.kv_cache_dtype: str = facts["kv_cache_dtype"]
+            raise UsageError(f"vllm {version}: {facts['inner_refusal']}. Or keep no inner layers and no heads.")
         self.soft_cap: float | None = facts["soft_cap"]
         self.logit_scale: float = facts["scale"]
 
@@ -127,7 +133,7 @@ class VllmEngine:
             yield ordinal, arrays.pop("answer", _NOTHING), targets_of(arrays)
 
     def install(self, projection: Projection | None) -> None:
-        self._llm.collective_rpc("capture_install", args=(projection.to_bytes() if projection else b"",))
+        self._call("capture_install", projection.to_bytes() if projection else b"")
 
     def head_gram(self) -> NDArray[np.float64]:
         slices = self._replies("capture_head_gram")
@@ -152,6 +158,7 @@ class VllmEngine:
         return logprobs_NV
 
     def close(self) -> None:
+        self._guard.close()
         self._llm.llm_engine.engine_core.shutdown()
         del self._llm
 
@@ -162,25 +169,24 @@ class VllmEngine:
         return joined
 
     def _replies(self, method: str, *args: object) -> list[dict[str, NDArray[Any]]]:
-        return [load(reply) for reply in self._llm.collective_rpc(method, args=args) if reply is not None]
+        return [load(reply) for reply in self._call(method, *args) if reply is not None]
+
+    def _call(self, method: str, *args: object) -> list[Any]:
+        """What each worker answers."""
+        with self._guard:
+            replies: list[Any] = self._llm.collective_rpc(method, args=args)
+        return replies
+
+    def _step(self) -> list[Any]:
+        with self._guard:
+            outputs: list[Any] = self._llm.llm_engine.step()
+        return outputs
 
     def _run(
         self, items: Iterable[Prompt | Question], mode: Mode, writing: Writing | None = None
     ) -> Iterator[tuple[int, dict[str, NDArray[Any]]]]:
         """Keeps a window of requests running; memory is bounded by the window, not by the number of items."""
-        try:
-            yield from self._stream(items, mode, writing)
-        except _engine_failures() as error:
-            raise EngineError(
-                f"The vllm engine stopped: {error}. Committed units are kept; run the same command again to go on. If "
-                "it ran out of memory, lower engine_options.max_num_batched_tokens or gpu_memory_utilization."
-            ) from error
-
-    def _stream(
-        self, items: Iterable[Prompt | Question], mode: Mode, writing: Writing | None
-    ) -> Iterator[tuple[int, dict[str, NDArray[Any]]]]:
-        engine = self._llm.llm_engine
-        self._llm.collective_rpc("capture_begin", args=(mode,))
+        self._call("capture_begin", mode)
         source = enumerate(items)
         waiting: dict[int, _Waiting] = {}
         running: dict[str, int] = {}  # request -> ordinal
@@ -194,7 +200,7 @@ class VllmEngine:
                 ordinal, item = following
                 running[self._submit(ordinal, item, writing)] = ordinal
                 waiting[ordinal] = _Waiting(item=item)
-            for output in engine.step() if running else ():
+            for output in self._step() if running else ():
                 if output.finished:
                     # With several steps in flight a prompt may have been captured and taken already.
                     if entry := waiting.get(running.pop(output.request_id)):
@@ -204,7 +210,9 @@ class VllmEngine:
                 yield from self._finished(waiting)
                 unread = 0
             if not running and exhausted and waiting:
-                raise RuntimeError(f"{len(waiting)} sequences finished without all their positions captured")
+                raise EngineError(
+                    f"The vllm engine finished {len(waiting)} sequences without all their positions captured. {_ADVICE}"
+                )
 
     def _submit(self, ordinal: int, item: Prompt | Question, writing: Writing | None) -> str:
         """The new request's id."""
@@ -238,7 +246,8 @@ class VllmEngine:
             extra_args={"distill": key},
         )
         request_id = str(next(self._request_ids))
-        self._llm.llm_engine.add_request(request_id, {"prompt_token_ids": ids.tolist()}, parameters)
+        with self._guard:
+            self._llm.llm_engine.add_request(request_id, {"prompt_token_ids": ids.tolist()}, parameters)
         return request_id
 
     def _finished(self, waiting: dict[int, "_Waiting"]) -> Iterator[tuple[int, dict[str, NDArray[Any]]]]:
@@ -274,9 +283,3 @@ class _Waiting:
 
 def _in_order(slices: list[dict[str, NDArray[Any]]]) -> list[dict[str, NDArray[Any]]]:
     return sorted(slices, key=lambda part: int(part["first"][0]))
-
-
-def _engine_failures() -> tuple[type[Exception], ...]:
-    from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
-
-    return EngineDeadError, EngineGenerateError, RuntimeError

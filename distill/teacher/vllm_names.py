@@ -24,7 +24,6 @@ NAMES: dict[str, dict[str, tuple[str, ...]]] = {
         "": ("RequestOutputKind",),
         "SamplingParams": ("stop_token_ids", "ignore_eos", "output_kind", "extra_args", "seed", "detokenize"),
     },
-    "v1/engine/exceptions.py": {"": ("EngineDeadError", "EngineGenerateError")},
     "v1/core/sched/output.py": {
         "NewRequestData": ("req_id", "num_computed_tokens", "sampling_params"),
         "CachedRequestData": ("req_ids", "num_computed_tokens"),

@@ -28,6 +28,20 @@ def test_of_many_writers_one_wins(tmp_path: Path) -> None:
             assert path.read_bytes() == b"%d" % won.index(True)
 
 
+def test_a_link_whose_answer_was_lost_is_our_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An NFS client tries again when it hears nothing, and then meets the link that its first try made."""
+    link = os.link
+
+    def answer_lost(source: Path, target: Path) -> None:
+        link(source, target)
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", answer_lost)
+    assert storage.create_once(tmp_path / "x.json", b"ours")
+    assert not storage.create_once(tmp_path / "x.json", b"ours")
+    assert os.listdir(tmp_path) == ["x.json"]
+
+
 def test_nothing_is_visible_when_the_write_fails(tmp_path: Path) -> None:
     def fill(file) -> None:
         file.write(b"half")

@@ -84,6 +84,13 @@ def test_other_data_is_refused(cache: Path, teacher: Any, plan_of: Any) -> None:
         CacheWriter.open(cache, plan_of(teacher, rows={"general": 11, "medical": 6}))
 
 
+def test_other_columns_of_the_same_data_are_refused(cache: Path, plan: Plan) -> None:
+    """Else the rest of the cache would be answers from another column."""
+    sources = tuple(source.model_copy(update={"columns": {"response": "short"}}) for source in plan.sources)
+    with pytest.raises(IdentityError, match=r"columns of general\.jsonl: cache as found, asked response=short"):
+        CacheWriter.open(cache, plan.model_copy(update={"sources": sources}))
+
+
 def test_another_machine_and_command_go_on_with_the_same_cache(cache: Path, plan: Plan) -> None:
     recorded = plan.recorded.model_copy(update={"machine": "elsewhere", "command": "distill …"})
     writer = CacheWriter.open(cache, plan.model_copy(update={"recorded": recorded}))
@@ -225,6 +232,8 @@ def test_the_loser_of_a_race_returns_the_winners_record(
     won = first.commit(unit, rows_of(teacher, unit), rejects=[], num_input_rows=4)
     lost = second.commit(unit, rows_of(teacher, unit), rejects=[], num_input_rows=4)
     assert lost == won
+    assert first.is_own(won)
+    assert not second.is_own(lost)
     assert os.listdir(tmp_path / "shards") == [Path(won.shard).name]
 
 

@@ -12,6 +12,7 @@ import pytest
 from distill.cache import document
 from distill.cache.plan import Commit, Manifest
 from distill.cache.reader import CacheReader
+from distill.cache.writer import CacheWriter
 from distill.errors import DataError, UsageError
 from distill.records import Reject
 from distill.report.verify import verify
@@ -134,6 +135,25 @@ def test_rejects_are_checked(tmp_path: Path, filler: Callable[..., Any], plan: A
     assert problems(tmp_path) == [("00000", commit.rejects)]
     (tmp_path / commit.rejects).unlink()
     assert problems(tmp_path) == [("00000", commit.rejects)]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"overlong": "split"},
+        {"generation": {"temperature": 1, "top_p": 1, "num": 2, "max_tokens": 8, "thinking": False, "seed": 1}},
+    ],
+)
+def test_an_input_row_may_give_several_sequences(
+    tmp_path: Path, teacher: Any, plan_of: Callable[..., Any], changes: dict[str, Any]
+) -> None:
+    plan = plan_of(teacher, rows={"general": 2}, **changes)
+    writer = CacheWriter.open(tmp_path, plan)
+    writer.put_once("projection.safetensors", teacher.projection.to_bytes())
+    rows = [teacher.sequence(number, source=f"general.jsonl:{number // 2}#{number % 2}") for number in range(4)]
+    writer.commit(plan.units[0], rows, rejects=[], num_input_rows=2)
+    writer.seal()
+    assert problems(tmp_path) == []
 
 
 def test_an_input_row_stored_twice_is_listed(

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
 from distill.config import CacheConfig, TargetsConfig
+from distill.errors import RetryError
 from distill.records import Prompt, Question, Targets
 from distill.teacher import capture
 from distill.teacher.engine import Writing
@@ -150,6 +151,21 @@ def _preemptions(engine: VllmEngine) -> int:
     return sum(int(m.value) for m in engine._llm.get_metrics() if m.name == "vllm:num_preemptions")
 
 
+def _error_of_a_failing_source(engine: VllmEngine) -> str:
+    """What comes out of ``capture`` when its prompts end in an error of the store."""
+
+    def prompts_then_error() -> Iterator[Prompt]:
+        yield random_prompt(5)
+        raise RetryError("the store does not answer")
+
+    try:
+        for _ in engine.capture(prompts_then_error()):
+            pass
+    except RuntimeError as error:
+        return type(error).__name__
+    return "nothing"
+
+
 def use_second_model_runner() -> None:
     """vLLM wants a Triton driver for the CPU, which no package has; the interpreter needs none: an empty one does."""
     import triton.backends
@@ -188,6 +204,7 @@ def main() -> None:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
         worst = _answer_errors(engine, model) if Path(folder).name == "Qwen3" else {}
         preemptions = _preemptions(engine) if mode == "tight" else 0
+        worst["own error"] = float(_error_of_a_failing_source(engine) == "RetryError")
         engine.close()
         for ordinal, prompt in enumerate(prompts()):
             with torch.inference_mode():

@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from distill.cache.reader import CacheReader
+from distill.cache.storage import Root
+from distill.records import SequenceTargets
+
 CHUNK = 64  # tokens in one step of the engine, so that longer prompts are prefilled in pieces
 
 
@@ -42,6 +46,22 @@ def data_files(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     with files["questions"].open("a", encoding="utf-8") as file:
         file.write('{"question": "broken\n')
     return files
+
+
+def write_sums(path: Path, num_rows: int) -> Path:
+    """A file of so many short questions and answers, no two alike."""
+    lines = [json.dumps({"ask": f"What is {i}?", "answer": f"{i} it is, {i} times."}) for i in range(num_rows)]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def rows_by_source(root: Root) -> dict[str, SequenceTargets]:
+    """All rows of a cache; none may be there twice."""
+    cache = CacheReader.open(str(root))
+    found = [row for item in cache.commits for split in ("train", "eval") for row in cache.sequences(item, split)]
+    by_source = {row.prompt.source: row for row in found}
+    assert len(by_source) == len(found)
+    return by_source
 
 
 def run_cli(*arguments: object) -> subprocess.CompletedProcess[str]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from distill.cache import tensors
 from distill.cache.writer import CacheWriter
 from distill.errors import CorruptionError
 from distill.interrupt import Interrupt
@@ -96,6 +97,16 @@ def test_a_worker_that_is_off_from_the_start_is_refused(teacher: TinyTeacher, wr
     run(Shaky(teacher, noise=1e-3), teacher, writer)
     with pytest.raises(CorruptionError, match="the worker that began this cache"):
         run(Shaky(teacher, drift=0.5, sound=0), teacher, writer)
+
+
+def test_a_file_of_canaries_that_lacks_something(teacher: TinyTeacher, writer: CacheWriter) -> None:
+    run(Shaky(teacher), teacher, writer)
+    path = Path(str(writer.root)) / canary.CANARIES_FILE
+    arrays, metadata = tensors.load(path.read_bytes(), name="canaries")
+    del arrays["1/log_z"]
+    path.write_bytes(tensors.dump(arrays, metadata))
+    with pytest.raises(CorruptionError, match=r"canaries\.safetensors lacks or garbles '1/log_z'"):
+        run(Shaky(teacher), teacher, writer)
 
 
 def test_drift_is_total_variation_of_what_is_kept(teacher: TinyTeacher) -> None:

@@ -65,6 +65,11 @@ def test_prompts_are_read_no_further_ahead_than_the_window(report: dict[str, dic
     assert all(0 < errors["lead"] <= 12 for errors in report.values())
 
 
+def test_an_error_of_the_data_is_not_taken_for_one_of_the_engine(report: dict[str, dict[str, float]]) -> None:
+    """Else a store that is down would have the teacher loaded again, three times."""
+    assert all(errors["own error"] for errors in report.values())
+
+
 def test_both_model_runners_were_at_work(report: dict[str, dict[str, float]]) -> None:
     assert {name for name, errors in report.items() if errors["v2"]} == {f"{name} v2" for name in SECOND}
 

@@ -5,11 +5,9 @@ order of units, the bookkeeping and the ends of a run.
 """
 
 import contextlib
-import importlib.util
 import itertools
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -25,13 +23,7 @@ from distill.interrupt import Interrupt
 from distill.launch.worker import Worker
 from distill.records import Prompt, Reject, Targets
 from distill.teacher.fill import Filled, fill, still_missing, units_to_do
-
-_spec = importlib.util.spec_from_file_location("fill_fixtures", Path(__file__).parents[1] / "cache" / "conftest.py")
-assert _spec is not None
-assert _spec.loader is not None
-fixtures: Any = importlib.util.module_from_spec(_spec)
-sys.modules["fill_fixtures"] = fixtures
-_spec.loader.exec_module(fixtures)
+from tests.cache import conftest as fixtures
 
 NUM_UNITS = 8
 Hook = Callable[[int], None]

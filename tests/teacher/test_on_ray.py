@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-from distill.cache.reader import CacheReader
+from tests.teacher.conftest import rows_by_source, write_sums
 
 NUM_ROWS, UNIT_ROWS = 48, 2
 NUM_UNITS = NUM_ROWS // UNIT_ROWS
@@ -25,10 +25,7 @@ _LONGEST_S = 400
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "data.jsonl"
-    lines = [json.dumps({"ask": f"What is {i}?", "answer": f"{i} it is, {i} times."}) for i in range(NUM_ROWS)]
-    path.write_text("\n".join(lines) + "\n")
-    return path
+    return write_sums(tmp_path_factory.mktemp("data") / "data.jsonl", NUM_ROWS)
 
 
 @contextlib.contextmanager
@@ -95,16 +92,6 @@ def actors_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
     ]
 
 
-def rows(out: Path) -> list[str]:
-    cache = CacheReader.open(out)
-    return [
-        row.prompt.source
-        for commit in cache.commits
-        for split in ("train", "eval")
-        for row in cache.sequences(commit, split)
-    ]
-
-
 def test_a_killed_actor_costs_no_row(tiny_teacher: Path, data: Path, tmp_path: Path) -> None:
     with started(tiny_teacher, data, tmp_path / "cache", "--ray-workers", 2) as running:
         wait_for_commits(tmp_path / "cache", running, 2)
@@ -117,6 +104,5 @@ def test_a_killed_actor_costs_no_row(tiny_teacher: Path, data: Path, tmp_path: P
     assert "It is started again" in err
     result = json.loads(out)
     assert (result["sealed"], result["units_written"]) == (True, NUM_UNITS)
-    found = rows(tmp_path / "cache")
-    assert len(found) == len(set(found)) == NUM_ROWS
+    assert len(rows_by_source(tmp_path / "cache")) == NUM_ROWS
     assert len(list((tmp_path / "cache" / "shards").iterdir())) == NUM_UNITS

@@ -1,9 +1,12 @@
-"""A teacher that dies is loaded again, with smaller batches, three times at most; what was committed stays.
+"""A teacher that dies or hangs is loaded again, with smaller batches, three times at most; what was committed stays.
 
-The real engine runs here; a hook on its model fails as an allocator does when a batch is too large for it.
+The real engine runs here; a hook on its model fails as an allocator does when a batch is too large for it, or waits for
+what never comes.
 """
 
 import json
+import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +22,29 @@ from distill.teacher.job import cache_teacher
 
 
 class Fragile:
-    """Loads teachers that fail beyond ``most`` tokens in a batch, and remembers what each took at once."""
+    """Loads teachers that fail beyond ``most`` tokens in a batch, and remembers what each took at once.
 
-    def __init__(self, most: int) -> None:
-        self.most, self.loaded = most, list[int]()
+    The first one fails in any case once ``after`` units are committed: with ``hangs`` it never answers.
+    """
+
+    def __init__(self, most: int, *, after: int | None = None, hangs: bool = False) -> None:
+        self.most, self.after, self.hangs = most, after, hangs
+        self.loaded = list[int]()
+        self.models = list[weakref.ref[torch.nn.Module]]()
         self._load = job.load_engine
 
     def __call__(self, config: CacheConfig, *, vocab_size: int) -> Any:
+        assert not any(model() is not None for model in self.models), "two teachers at a time need twice the memory"
         engine: Any = self._load(config, vocab_size=vocab_size)
         self.loaded.append(engine.batch_tokens)
+        self.models.append(weakref.ref(engine._model))
 
         def look(_model: torch.nn.Module, _arguments: Any, named: dict[str, Any]) -> None:
-            if named["input_ids"].numel() > self.most:
+            num_committed = len(list(Path(config.out, "commits").glob("*.json")))
+            fails = self.after is not None and len(self.loaded) == 1 and num_committed >= self.after
+            if fails and self.hangs:
+                threading.Event().wait()
+            if fails or named["input_ids"].numel() > self.most:
                 raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
         engine._model.model.register_forward_pre_hook(look, with_kwargs=True)
@@ -45,6 +59,7 @@ def config(tmp_path: Path, tiny_teacher: Path) -> CacheConfig:
     return CacheConfig(
         teacher=str(tiny_teacher),
         data={"texts": (str(data),)},
+        eval_fraction=0.0,
         out=str(tmp_path / "cache"),
         engine="transformers",
         engine_options={"batch_tokens": 2048},
@@ -69,7 +84,35 @@ def test_a_teacher_that_lacks_memory_goes_on_with_smaller_batches(
 def test_a_teacher_that_always_dies_is_given_up(config: CacheConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     fragile = Fragile(most=0)
     monkeypatch.setattr(job, "load_engine", fragile)
-    with pytest.raises(EngineError, match=r"forward pass failed.*run the same command again") as caught:
+    with pytest.raises(EngineError, match=r"transformers engine stopped: Def.*run the same command again") as caught:
         cache_teacher(config, quiet=True)
     assert caught.value.exit_code == 75
     assert fragile.loaded == [2048, 1024, 512, 256]
+
+
+def test_a_teacher_that_hangs_is_given_up(
+    config: CacheConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fragile = Fragile(most=4096, after=1, hangs=True)
+    monkeypatch.setattr(job, "load_engine", fragile)
+    slow = config.model_copy(update={"engine_options": {"batch_tokens": 256}, "stall_seconds": 20.0})
+    assert cache_teacher(slow, quiet=True).manifest is not None
+    assert fragile.loaded == [256, 256]
+    assert "engine hangs: no sign of life for 20 s" in capsys.readouterr().err
+    assert verify(config.out).ok
+
+
+@pytest.mark.parametrize("layers", [(), (1,)])
+def test_the_result_counts_what_the_engine_that_died_had_done(
+    config: CacheConfig, monkeypatch: pytest.MonkeyPatch, layers: tuple[int, ...]
+) -> None:
+    """Hooks on inner layers must not keep a dead teacher's weights either."""
+    fragile = Fragile(most=4096, after=2)
+    monkeypatch.setattr(job, "load_engine", fragile)
+    targets = config.targets.model_copy(update={"layers": layers, "layer_bytes": 16})
+    small = config.model_copy(update={"engine_options": {"batch_tokens": 256}, "targets": targets})
+    result = cache_teacher(small, quiet=True)
+    assert len(fragile.loaded) == 2
+    assert result.manifest is not None
+    assert result.num_units_written == len(result.manifest.commits) == 6
+    assert result.num_targets == result.manifest.totals.num_targets.total

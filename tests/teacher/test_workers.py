@@ -13,11 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distill.cache.reader import CacheReader
 from distill.config import CacheConfig
 from distill.launch.worker import find_worker
-from distill.records import SequenceTargets
 from distill.teacher.job import cache_teacher
+from tests.teacher.conftest import rows_by_source, write_sums
 
 NUM_ROWS, UNIT_ROWS = 24, 2
 NUM_UNITS = NUM_ROWS // UNIT_ROWS
@@ -26,10 +25,7 @@ FAULTY = Path(__file__).with_name("faulty_cli.py")
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "data.jsonl"
-    lines = [json.dumps({"ask": f"What is {i}?", "answer": f"{i} it is, {i} times."}) for i in range(NUM_ROWS)]
-    path.write_text("\n".join(lines) + "\n")
-    return path
+    return write_sums(tmp_path_factory.mktemp("data") / "data.jsonl", NUM_ROWS)
 
 
 @pytest.fixture
@@ -63,17 +59,8 @@ def start(config: Path, *, prefix: tuple[object, ...] = ("-m", "distill"), **env
     )
 
 
-def rows(root: Path) -> dict[str, SequenceTargets]:
-    """Rows by source; none may be there twice."""
-    cache = CacheReader.open(root)
-    found = [row for item in cache.commits for split in ("train", "eval") for row in cache.sequences(item, split)]
-    by_source = {row.prompt.source: row for row in found}
-    assert len(by_source) == len(found)
-    return by_source
-
-
 def assert_same_rows(root: Path, other: Path) -> None:
-    ours, theirs = rows(root), rows(other)
+    ours, theirs = rows_by_source(root), rows_by_source(other)
     assert ours.keys() == theirs.keys()
     for source, row in ours.items():
         assert row.prompt.sequence_id == theirs[source].prompt.sequence_id
@@ -94,7 +81,7 @@ def test_two_workers_at_once_leave_what_one_leaves(config: Path, tmp_path: Path)
         assert worker.returncode == 0, err
         results.append(json.loads(out))
     assert all(result["sealed"] for result in results)
-    assert sum(result["units_written"] for result in results) >= NUM_UNITS
+    assert sum(result["units_written"] for result in results) == NUM_UNITS
     shards = list((tmp_path / "cache" / "shards").iterdir())
     assert len(shards) == NUM_UNITS
     alone = cache_teacher(settings(config, out=str(tmp_path / "alone")), quiet=True)
@@ -117,7 +104,7 @@ def test_a_worker_that_never_starts_blocks_nobody(config: Path, environment: dic
     result = cache_teacher(settings(config), worker=worker, quiet=True)
     assert result.manifest is not None
     assert result.num_units_written == NUM_UNITS
-    assert len(rows(result.root)) == NUM_ROWS
+    assert len(rows_by_source(result.root)) == NUM_ROWS
 
 
 def test_a_stopped_worker_exits_75_and_the_next_run_finishes(config: Path) -> None:
@@ -133,7 +120,7 @@ def test_a_stopped_worker_exits_75_and_the_next_run_finishes(config: Path) -> No
     again = cache_teacher(settings(config), quiet=True)
     assert again.num_units_written == NUM_UNITS - len(before)
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert len(rows(root)) == NUM_ROWS
+    assert len(rows_by_source(root)) == NUM_ROWS
 
 
 def test_a_full_disk_stops_a_worker_with_exit_6(config: Path) -> None:
