@@ -73,6 +73,7 @@ def test_the_quickstart_from_data_to_an_evaluated_student(desk: Path) -> None:
     assert (desk / "run.html").is_file()
     assert all((desk / "run" / f"stage{number}" / "best").is_dir() for number in (1, 2, 3))
     assert (desk / "run-b" / "stage1" / "best").is_dir()
+    assert (desk / "student" / "model.safetensors").is_file()
 
 
 def test_the_readme_from_a_cache_to_a_student(desk: Path, tiny_teacher: Path) -> None:
