@@ -322,6 +322,8 @@ def _explain(model: type[BaseModel], detail: Any) -> str:
     if detail["type"] == "missing":
         return f"'{where}' is missing (option --{path[-1].replace('_', '-')})"
     message = str(detail["msg"]).removeprefix("Value error, ")
+    if detail["type"] in ("literal_error", "enum"):
+        message += f", got '{detail['input']}'"
     return f"'{where}': {message}" if where else message
 
 
@@ -336,4 +338,4 @@ def _owner(model: type[BaseModel], path: list[str]) -> type[BaseModel]:
 def _nearest(key: str, model: type[BaseModel]) -> str:
     known = list(model.model_fields)
     close = difflib.get_close_matches(key, known, n=1)
-    return f"; did you mean '{close[0]}'?" if close else f"; known keys are {', '.join(known)}"
+    return f" (did you mean '{close[0]}'?)" if close else f" (known keys: {', '.join(known)})"

@@ -274,6 +274,10 @@ def _open_unsealed(root: storage.Root, generation: generations.Generations, *, a
     try:
         plan = document.load(Plan, root, "plan.json", fix=_RESTORE)
     except FileNotFoundError:
+        if any(storage.inside(root, f"stage{number}").exists() for number in (1, 2, 3)):
+            raise DataError(
+                f"{root} is a run of `distill train`, no cache. Look at it with `distill report {root}`."
+            ) from None
         raise DataError(
             f"no cache at {root}: it has no plan.json. Make one with `distill cache-teacher --out {root} …`, or "
             "correct the path."

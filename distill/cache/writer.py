@@ -52,9 +52,10 @@ class CacheWriter:
 
         ``recorded`` and the paths of sources may differ from those of the existing plan, which stays. Raises
         IdentityError when identity or data differ, StorageError when the folder cannot be written, UsageError for a
-        URL that is not S3's, RetryError when S3 is unreachable.
+        URL that is not S3's and for a folder that holds something else, RetryError when S3 is unreachable.
         """
         home = storage.root_of(root)
+        _refuse_foreign(home)
         if not storage.inside(home, "plan.json").exists() and storage.create(home, "plan.json", document.render(plan)):
             return CacheWriter(home, plan)
         existing = document.load(Plan, home, "plan.json", fix=_RESTORE)
@@ -295,6 +296,21 @@ class _Written:
     sha256: str
     num_bytes: int
     num_decoded_bytes: int
+
+
+def _refuse_foreign(home: storage.Root) -> None:
+    """Raise UsageError for a local folder of other things, whose README.md a cache's card would replace.
+
+    It is listed before the plan is looked for, since another worker may begin the cache at this moment.
+    """
+    if not isinstance(home, Path) or not home.is_dir():
+        return
+    names = sorted(path.name for path in home.iterdir() if not path.name.startswith("."))
+    if names and not storage.inside(home, "plan.json").exists():
+        raise UsageError(
+            f"{home} is no cache and not empty: it holds {', '.join(names[:3])}{', …' if len(names) > 3 else ''}. Name "
+            "a new folder with --out."
+        )
 
 
 def _refuse_other(root: storage.Root, existing: Plan, plan: Plan) -> None:

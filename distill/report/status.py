@@ -4,6 +4,7 @@ Workers leave no name and no sign of life, so none is claimed: what is known of 
 disk says they did, and files that no commit names.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -14,18 +15,19 @@ from rich.console import Console
 from rich.text import Text
 
 from distill.cache import generations, storage
-from distill.cache.plan import Commit, total
+from distill.cache.plan import Commit, Plan, total
 from distill.cache.reader import CacheReader
-from distill.report.table import plain_table
+from distill.report.table import plain_table, terminal
 
 _WINDOW = 64  # latest commits that the present speed is taken from
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DomainStatus:
-    """How much of a domain is in; a domain without a commit is not listed."""
+    """How much of a domain is in."""
 
     domain: str
+    num_planned: int  # units
     num_units: int
     num_rows: int
     num_targets: int
@@ -83,7 +85,7 @@ def status(path: str | Path) -> StatusReport:
         num_targets=sums.num_targets.total,
         num_rejects=sums.num_rejects,
         num_bytes=sums.num_bytes,
-        domains=tuple(_domain(reader, domain) for domain in reader.domains),
+        domains=_domains(reader),
         num_unnamed_files=_num_unnamed(reader),
         tokens_per_s=speed[0] if speed else None,
         seconds_left=rows_left / speed[1] if speed and not reader.sealed else None,
@@ -93,10 +95,16 @@ def status(path: str | Path) -> StatusReport:
 
 def render_status(report: StatusReport, *, console: Console | None = None) -> None:
     """Print how far a cache is."""
-    console = console or Console(highlight=False)
+    console = console or terminal()
     rows = [
-        (d.domain, f"{d.num_units:,}", f"{d.num_rows:,}", f"{d.num_targets:,}", f"{d.num_rejects:,}")
-        for d in report.domains
+        (
+            domain.domain,
+            f"{domain.num_units:,} of {domain.num_planned:,}",
+            f"{domain.num_rows:,}",
+            f"{domain.num_targets:,}",
+            f"{domain.num_rejects:,}",
+        )
+        for domain in report.domains
     ]
     console.print(plain_table("committed", ("domain", "units", "sequences", "targets", "rejects"), rows))
     state = "sealed" if report.sealed else "not sealed"
@@ -116,11 +124,18 @@ def render_status(report: StatusReport, *, console: Console | None = None) -> No
         console.print(Text(line))
 
 
-def _domain(reader: CacheReader, domain: str) -> DomainStatus:
+def _domains(reader: CacheReader) -> tuple[DomainStatus, ...]:
+    units = reader.description.units if isinstance(reader.description, Plan) else reader.commits
+    planned = Counter(unit.domain for unit in units)
+    return tuple(_domain(reader, domain, num_planned=planned[domain]) for domain in planned)
+
+
+def _domain(reader: CacheReader, domain: str, *, num_planned: int) -> DomainStatus:
     commits = reader.units(domain)
     sums = total(commits)
     return DomainStatus(
         domain=domain,
+        num_planned=num_planned,
         num_units=len(commits),
         num_rows=sums.num_rows.total,
         num_targets=sums.num_targets.total,

@@ -36,7 +36,7 @@ def load_tokenizer(folder: str, *, trust_remote_code: bool) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers and tokenizers raise nearly everything
-        reason = str(error).partition("\n")[0]
+        reason = str(error).partition("\n")[0].rstrip(". ")
         raise UsageError(
             f"cannot load a tokenizer from {folder}: {reason}. --student needs a model folder or hub name with its "
             "tokenizer files."

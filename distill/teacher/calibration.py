@@ -40,7 +40,8 @@ def split_sample(prompts: Sequence[Prompt]) -> Sample:
     if len(prompts) < 2:
         raise DataError(
             f"The projection is fitted to the training rows, and only {len(prompts)} of them can be used. Give more "
-            "data, or keep no hidden states with --hidden-bytes 0."
+            "data (`distill plan` with the same options says why rows are rejected), or keep no hidden states with "
+            "--hidden-bytes 0."
         )
     num = min(NUM_FIDELITY // _PER_SEQUENCE, max(1, len(prompts) // 8))
     return Sample(fidelity=prompts[:num], fit=prompts[num:])

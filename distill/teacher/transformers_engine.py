@@ -48,6 +48,7 @@ class TransformersEngine:
         self._device = torch.device(options.pop("device", default))
         self.batch_tokens = int(options.pop("batch_tokens", 4096))
         try:
+            transformers.utils.logging.disable_progress_bar()  # its bar ends up in log files
             model, loading = transformers.AutoModelForCausalLM.from_pretrained(
                 config.teacher,
                 output_loading_info=True,

@@ -30,7 +30,7 @@ def test_a_small_grid_runs_resumes_and_reports(teacher, data, tmp_path, capsys):
         arguments += ["--set", f"{key}={value}"]
     students.main(arguments)
     figures = json.loads(file.read_text())
-    assert figures["finished_runs"] == figures["planned_runs"] == 44
+    assert figures["finished_runs"] == figures["planned_runs"] == 48
     assert all(run["kl_at_1"] > 0 and run["trained_tokens"] > 0 for run in figures["runs"])
     sizes = figures["bytes_per_token"]
     assert sizes["renormalised"] < sizes["bucket"] < sizes["low_rank"]

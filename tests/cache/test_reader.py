@@ -214,3 +214,9 @@ def test_a_commit_of_another_kind_is_refused(cache: Path) -> None:
     path.write_bytes(document.render(commit).replace(b'"generation": 1', b'"generation": 2'))
     with pytest.raises(CorruptionError, match="damaged"):
         CacheReader.open(cache, allow_incomplete=True)
+
+
+def test_a_run_is_told_from_a_cache(tmp_path):
+    (tmp_path / "stage1").mkdir()
+    with pytest.raises(DataError, match="is a run of `distill train`, no cache"):
+        CacheReader.open(tmp_path)

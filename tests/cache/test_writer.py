@@ -304,3 +304,14 @@ def test_a_writer_killed_at_any_step_leaves_no_visible_unit(tmp_path: Path) -> N
         assert result["killed"]
         assert result["rows_after_rerun"] == 4
         assert result["files_after_rerun"] == 1
+
+
+def test_a_folder_of_other_things_is_left_alone(tmp_path, plan):
+    """Its README.md would be replaced by the card of the cache."""
+    (tmp_path / "README.md").write_text("my model")
+    with pytest.raises(UsageError, match=r"is no cache and not empty: it holds README\.md"):
+        CacheWriter.open(tmp_path, plan)
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+    (tmp_path / "README.md").unlink()
+    (tmp_path / ".plan.json.x.partial").write_text("left by a worker that died")
+    CacheWriter.open(tmp_path, plan)

@@ -61,7 +61,8 @@ def test_a_sealed_cache_has_nothing_left(cache: Path) -> None:
 def test_times_that_say_nothing(tmp_path: Path, filler: Callable[..., Any]) -> None:
     filler(tmp_path, 0)
     empty = status(tmp_path)
-    assert (empty.tokens_per_s, empty.seconds_left, empty.last_commit, empty.domains) == (None, None, None, ())
+    assert (empty.tokens_per_s, empty.seconds_left, empty.last_commit) == (None, None, None)
+    assert [(d.domain, d.num_planned, d.num_units) for d in empty.domains] == [("general", 3, 0), ("medical", 2, 0)]
     filler(tmp_path, 3)
     for unit in ("00000", "00001", "00002"):
         at(tmp_path, unit, 7)  # as after a copy
