@@ -56,7 +56,7 @@ def test_the_big_example_writes_the_defaults_out() -> None:
     ("values", "says"),
     [
         ({"studnet": "x"}, "unknown key 'studnet' (did you mean 'student'?)"),
-        ({"lora": {"ranks": 1}}, "unknown key 'lora.ranks'; known keys are r, alpha"),
+        ({"lora": {"ranks": 1}}, "unknown key 'lora.ranks' (known keys: r, alpha"),
         ({"stages": {2: {"weights": {"k": 1}}}}, "stages.2: unknown key 'weights.k' (did you mean 'kl'?)"),
         ({"stages": {4: {}}}, "stages 1, 2 and 3, no 4"),
         ({"stages": {1: {"temperature": 0}}}, "'temperature': Input should be greater than 0"),

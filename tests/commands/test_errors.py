@@ -46,7 +46,7 @@ def test_wrong_options_are_named_with_the_way_out(arguments: list[str], says: st
     [
         ("- cache", "must be a mapping with the keys 'cache' and 'train', not a list"),
         ("train: [1]", "'train' must be a mapping, not a list"),
-        ("trian: {}", "unknown key 'trian'; did you mean 'train'?"),
+        ("trian: {}", "unknown key 'trian' (did you mean 'train'?)"),
     ],
 )
 def test_wrong_files_are_named_with_the_way_out(tmp_path: Path, text: str, says: str) -> None:
