@@ -10,7 +10,6 @@ from pathlib import Path
 from distill.cache.plan import Identity, Plan
 from distill.errors import StorageError, UsageError
 
-_BLOCK = 8 * 2**20  # bytes read at a time
 _READERS = 4  # hashing releases the interpreter's lock
 
 
@@ -27,11 +26,8 @@ def text_hash(text: str) -> str:
 
 def file_hash(path: Path) -> str:
     """SHA-256 of a file, read in blocks."""
-    digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def model_files_hash(folder: str | Path) -> str:
