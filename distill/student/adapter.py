@@ -67,7 +67,8 @@ def refuse_other_lora(model: Any, folder: Path, asked: LoraConfig) -> None:
     It is trained on as it was made, so what is asked for otherwise would be passed over in silence.
     """
     made = model.peft_config[model.active_adapter]
-    there = {"r": made.r, "alpha": made.lora_alpha, "dropout": made.lora_dropout}
+    stored = {"r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}
+    there = {name: getattr(made, key, None) for name, key in stored.items()}  # other kinds of adapters lack some
     different = [name for name in there if name in asked.model_fields_set and getattr(asked, name) != there[name]]
     adapted = [name for name, module in model.named_modules() if hasattr(module, "lora_A")]
     if "target_modules" in asked.model_fields_set and not _are_targets(adapted, asked.target_modules):

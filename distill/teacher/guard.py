@@ -17,10 +17,17 @@ from typing import Self
 
 import psutil
 
-from distill.errors import EngineError
+from distill.errors import DistillError, EngineError
 
 _SIGNAL = signal.SIGVTALRM  # schedulers, engines and test runners use others
 _GRACE_S = 20.0  # that a call may take to notice the signal
+
+
+class _Call:
+    """A call that is on its way; ``seen`` is when it last gave a sign of life."""
+
+    def __init__(self) -> None:
+        self.seen = time.monotonic()
 
 
 class Guard:
@@ -33,15 +40,16 @@ class Guard:
 
     def __init__(self, engine: str, *, failures: type[Exception], advice: str, limit_s: float) -> None:
         self._engine, self._failures, self._advice, self._limit_s = engine, failures, advice, limit_s
-        self._since: float | None = None  # the last sign of life of the call that is on its way
+        self._call: _Call | None = None
         self._caller: int | None = None  # its thread, if that can be interrupted
         self._closed = threading.Event()
         threading.Thread(target=self._watch, name="guard", daemon=True).start()
 
     def beat(self) -> None:
         """Notes that the call that is on its way, if there is one, is alive."""
-        if self._since is not None:
-            self._since = time.monotonic()
+        call = self._call  # which may end meanwhile: then what is noted of it concerns nobody
+        if call is not None:
+            call.seen = time.monotonic()
 
     def close(self) -> None:
         """Ends the thread; nothing is watched any more."""
@@ -53,14 +61,14 @@ class Guard:
             # Never taken back: the signal may arrive just after the call, and would then end the process.
             signal.signal(_SIGNAL, self._interrupt)
             self._caller = threading.get_ident()
-        self._since = time.monotonic()
+        self._call = _Call()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._since = None
-        if isinstance(error, self._failures) and not isinstance(error, EngineError):
+        self._call = None
+        if isinstance(error, self._failures) and not isinstance(error, DistillError):
             reason = str(error).rstrip(".") or type(error).__name__
             raise EngineError(
                 f"The {self._engine} engine stopped: {reason}. Committed units are kept; run the same command again to "
@@ -68,12 +76,12 @@ class Guard:
             ) from error
 
     def _interrupt(self, _number: int, _frame: FrameType | None) -> None:
-        if self._is_late(self._since):
-            self._since = None
+        if self._is_late(self._call):
+            self._call = None
             raise self._hang()
 
-    def _is_late(self, since: float | None) -> bool:
-        return since is not None and time.monotonic() - since >= self._limit_s
+    def _is_late(self, call: _Call | None) -> bool:
+        return call is not None and time.monotonic() - call.seen >= self._limit_s
 
     def _hang(self) -> EngineError:
         return EngineError(
@@ -86,19 +94,22 @@ class Guard:
         while not self._closed.wait(self._limit_s / 20):
             if time.monotonic() - looked > self._limit_s / 2:
                 self.beat()  # the whole process stood still: a scheduler suspended it
-            looked, since = time.monotonic(), self._since
-            if not self._is_late(since):
+            looked, call = time.monotonic(), self._call
+            if not self._is_late(call):
                 continue
             if self._caller is not None:
                 signal.pthread_kill(self._caller, _SIGNAL)
-                self._closed.wait(_GRACE_S)
-            if self._since == since:
+                if self._closed.wait(_GRACE_S):
+                    return
+            if self._call is call and self._is_late(call):
                 self._end_process()
             looked = time.monotonic()
 
     def _end_process(self) -> None:
-        for child in psutil.Process().children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                child.kill()
-        print(f"Error: {self._hang()}", file=sys.stderr, flush=True)
-        os._exit(EngineError.exit_code)
+        try:
+            for child in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.kill()
+            print(f"Error: {self._hang()}", file=sys.stderr, flush=True)
+        finally:  # also where nobody reads the message any more
+            os._exit(EngineError.exit_code)

@@ -84,8 +84,8 @@ class TransformersEngine:
         heads = kept_heads(text_model, targets)
         self._inputs = LayerInputs(model, layers=targets.layers, heads=heads)
         advice = "If memory ran out, lower engine_options.batch_tokens."
-        self._guard = guard = Guard("transformers", failures=RuntimeError, advice=advice, limit_s=config.stall_seconds)
-        model.register_forward_pre_hook(lambda *_: guard.beat())  # at each token of an answer
+        self._guard = Guard("transformers", failures=RuntimeError, advice=advice, limit_s=config.stall_seconds)
+        _beat_at_layers(model, self._guard)
 
     @property
     def soft_cap(self) -> float | None:
@@ -218,6 +218,14 @@ class TransformersEngine:
         for row, (hidden_SD, (ordinal, prompt)) in enumerate(zip(output.last_hidden_state, batch, strict=True)):
             num = prompt.num_targets
             yield ordinal, prompt, hidden_SD[:num], self._inputs.of_row(row, num)
+
+
+def _beat_at_layers(model: Any, guard: Guard) -> None:
+    """Each layer is a sign of life: all of a large model may take minutes for a long sequence, or for an answer."""
+    for layers in model.modules():
+        if isinstance(layers, torch.nn.ModuleList):
+            for layer in layers:
+                layer.register_forward_pre_hook(lambda *_: guard.beat())
 
 
 def _head_of(model: Any, vocab_size: int, *, float32: bool) -> Head:

@@ -5,6 +5,7 @@ inside its workers (``distill.teacher.vllm_worker``). Prefix caching is off, sin
 never computed. Each sequence is sent without its last token: L-1 prompt tokens give exactly the L-1 targets.
 """
 
+import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -97,10 +98,12 @@ class VllmEngine:
                 f"vllm {version} could not start with {config.teacher}: {error}. Nothing written so far is lost; "
                 "check the GPU memory, engine_options and the teacher's folder, then run the same command again."
             ) from error
-        self._guard = Guard("vllm", failures=Exception, advice=_ADVICE, limit_s=config.stall_seconds)
-        self._vocab_size = vocab_size
         scheduler = self._llm.llm_engine.vllm_config.scheduler_config
         self.batch_tokens: int = scheduler.max_num_batched_tokens
+        # An engine in a process of its own says nothing until a sequence, which may take several passes, is through.
+        num_passes = max(1, math.ceil(config.max_length / self.batch_tokens))
+        self._guard = Guard("vllm", failures=Exception, advice=_ADVICE, limit_s=config.stall_seconds * num_passes)
+        self._vocab_size = vocab_size
         self._window = 2 * scheduler.max_num_seqs
         self._request_ids = count()
         facts = next(reply for reply in self._call("capture_facts") if reply is not None)

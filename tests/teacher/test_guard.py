@@ -7,11 +7,12 @@ code, which no signal reaches.
 import subprocess
 import sys
 import threading
+import time
 
 import psutil
 import pytest
 
-from distill.errors import EngineError, UsageError
+from distill.errors import EngineError, RetryError, UsageError
 from distill.teacher.guard import Guard
 
 NATIVE_HANG = """
@@ -107,3 +108,39 @@ def test_a_call_in_another_thread_ends_the_process() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, "The lone engine hangs" in done.stderr) == (75, True)
+
+
+def test_a_sign_of_life_as_a_call_ends_is_not_one_of_the_time_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    watched, now = guard(1.0), time.monotonic
+
+    def end_the_call() -> float:
+        if threading.current_thread() is threading.main_thread():
+            monkeypatch.undo()
+            watched.__exit__(None, None, None)
+        return now()
+
+    watched.__enter__()
+    monkeypatch.setattr("distill.teacher.guard.time.monotonic", end_the_call)
+    watched.beat()
+    threading.Event().wait(1.5)  # a slow store, say, which is no call
+    watched.close()
+
+
+def test_an_error_that_says_what_to_do_stays_as_it_is() -> None:
+    with pytest.raises(RetryError, match=r"^the store is away$") as caught, guard():
+        raise RetryError("the store is away")
+    assert not isinstance(caught.value, EngineError)
+
+
+def test_a_message_that_nobody_reads_does_not_keep_the_process() -> None:
+    program = (
+        "import sys, threading\n"
+        "from distill.teacher.guard import Guard\n"
+        "def work():\n"
+        "    with Guard('lone', failures=RuntimeError, advice='', limit_s=0.2):\n"
+        "        threading.Event().wait()\n"
+        "sys.stderr.close()\n"
+        "threading.Thread(target=work).start()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=20, check=False)
+    assert done.returncode == 75

@@ -16,6 +16,7 @@ import torch
 from distill.cache.reader import CacheReader
 from distill.config import CacheConfig
 from distill.errors import EngineError
+from distill.records import Prompt
 from distill.report.verify import verify
 from distill.teacher import job
 from distill.teacher.job import cache_teacher
@@ -116,3 +117,13 @@ def test_the_result_counts_what_the_engine_that_died_had_done(
     assert result.manifest is not None
     assert result.num_units_written == len(result.manifest.commits) == 6
     assert result.num_targets == result.manifest.totals.num_targets.total
+
+
+def test_a_long_pass_is_no_hang_while_its_layers_go_on(config: CacheConfig) -> None:
+    prepared = job.prepare(config.model_copy(update={"stall_seconds": 1.0}))
+    engine: Any = job.load_engine(prepared.config, vocab_size=prepared.writer.plan.identity.vocab_size)
+    for layer in engine._model.model.layers:
+        layer.register_forward_pre_hook(lambda *_: threading.Event().wait(0.6) or None)
+    prompts = [item for item in prepared.read_unit(prepared.writer.plan.units[0]) if isinstance(item, Prompt)]
+    assert engine.moments(prompts[:1]).count > 0
+    engine.close()
