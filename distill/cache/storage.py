@@ -9,7 +9,6 @@ gives the name with ``os.link``, which fails when the name exists, so that of ma
 
 import contextlib
 import errno
-import hashlib
 import io
 import os
 import re
@@ -21,6 +20,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+import xxhash
+
 from distill.cache.bucket import Bucket
 from distill.errors import CorruptionError, StorageError, UsageError
 
@@ -28,6 +29,9 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*"
 # pathlib folds the two slashes of a URL into one
 _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/{1,2}(?P<rest>.*)")
 Root = Path | Bucket
+# Tells whether a disk gives back what it was sent. Against chance alone, and forty times as fast as SHA-256, which is
+# taken of what comes back.
+FINGERPRINT = xxhash.xxh3_128
 _LARGEST_READ = 2**32  # bytes; a projection of 4096 coordinates over 256,000 ids takes half of it
 TEMPORARY = ".partial"  # suffix of a file that is being written
 
@@ -96,19 +100,19 @@ def create(root: Root, name: str, data: bytes) -> bool:
 
 
 def put(root: Root, name: str, fill: Callable[[BinaryIO], object], *, need: int) -> str:
-    """As ``write``: a file whose name nobody else uses, or a replacement. Returns the SHA-256 of what was sent."""
+    """As ``write``: a file whose name nobody else uses, or a replacement. Returns the fingerprint of what was sent."""
     if not isinstance(root, Bucket):
         return write(inside(root, name), fill, need=need)
     with tempfile.TemporaryDirectory(prefix="distill-") as scratch:
         path = Path(scratch) / "content"
-        sha256 = write(path, fill, need=need)
+        sent = write(path, fill, need=need)
         try:
             root.upload(name, path)
         except FileNotFoundError as error:
             raise StorageError(
                 f"{root}/{name} cannot be written: {error}. Make the bucket, or change --out."
             ) from error
-        return sha256
+        return sent
 
 
 @contextlib.contextmanager
@@ -215,17 +219,17 @@ def _is_same_file(path: Path, other: Path) -> bool:
 def write(path: Path, fill: Callable[[BinaryIO], object], *, need: int) -> str:
     """Write a file whose name nobody else uses, or replace it: ``fill`` puts the content into an open file.
 
-    ``need`` is the expected size in bytes, for the message. Returns the SHA-256 of the bytes that were sent to the
-    disk. Raises StorageError when the disk refuses.
+    ``need`` is the expected size in bytes, for the message. Returns the fingerprint of the bytes that were sent to
+    the disk. Raises StorageError when the disk refuses.
     """
     with _storage_errors(path, need=need):
         _make_folder(path.parent)
         temporary = _temporary(path)
         try:
-            sha256 = _write_synced(temporary, fill)
+            sent = _write_synced(temporary, fill)
             temporary.replace(path)
             sync(path.parent)
-            return sha256
+            return sent
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -262,12 +266,12 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}{TEMPORARY}")
 
 
-class _HashingFile(io.FileIO):
-    """Knows the SHA-256 of what is written to it, front to back."""
+class _FingerprintedFile(io.FileIO):
+    """Knows the fingerprint of what is written to it, front to back."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, "xb")
-        self.digest = hashlib.sha256()
+        self.digest = FINGERPRINT()
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
@@ -279,7 +283,7 @@ class _HashingFile(io.FileIO):
 
 
 def _write_synced(path: Path, fill: Callable[[BinaryIO], object]) -> str:
-    with _HashingFile(path) as file:
+    with _FingerprintedFile(path) as file:
         fill(cast(BinaryIO, file))
         os.fsync(file.fileno())
         return file.digest.hexdigest()

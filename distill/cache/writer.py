@@ -29,6 +29,7 @@ from distill.cache.shard import write_rows
 from distill.errors import CorruptionError, IdentityError, StorageError, UsageError
 from distill.records import Reject, SequenceTargets
 
+_BLOCK = 2**20  # bytes of a file that are read at a time
 _BAD_SHARE = 0.001  # of a unit's rows; more insane ones than this, and at least two, stop the job
 _RESTORE = "Restore it from a copy, or make the cache anew under another --out."
 _REPAIR = (
@@ -203,7 +204,8 @@ class CacheWriter:
         if rejects:
             rejects_file = f"rejects/{stem}.jsonl"
             lines = "".join(_reject_line(reject) for reject in rejects).encode("utf-8", "replace")
-            rejects_sha256 = storage.put(self.root, rejects_file, lambda file: file.write(lines), need=len(lines))
+            storage.put(self.root, rejects_file, lambda file: file.write(lines), need=len(lines))
+            rejects_sha256 = hashlib.sha256(lines).hexdigest()
         counts = _counts(rows)
         return Commit(
             unit=unit.unit,
@@ -235,17 +237,18 @@ class CacheWriter:
             nonlocal num_decoded_bytes
             num_decoded_bytes = write_rows(file, rows, layout)
 
-        sha256 = storage.put(self.root, name, fill, need=need)
+        sent = storage.put(self.root, name, fill, need=need)
         try:
             with storage.read_back(self.root, name) as path:
-                read_back, num_bytes = file_hash(path), path.stat().st_size
+                came_back, sha256 = _digests(path)
+                num_bytes = path.stat().st_size
         except StorageError:
             raise
         except OSError as error:
             raise StorageError(
                 f"{where} cannot be read back: {error.strerror}. Check the disk, then run again."
             ) from error
-        if read_back != sha256:
+        if came_back != sent:
             raise CorruptionError(
                 f"unit {unit.unit}: {where} does not read back as it was written. The unit is not committed. Check the "
                 "disk, then run the same command again."
@@ -298,6 +301,16 @@ class _Written:
     num_decoded_bytes: int
 
 
+def _digests(path: Path) -> tuple[str, str]:
+    """Fingerprint and SHA-256 of a file, read once."""
+    fingerprint, sha256 = storage.FINGERPRINT(), hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(_BLOCK):
+            fingerprint.update(block)
+            sha256.update(block)
+    return fingerprint.hexdigest(), sha256.hexdigest()
+
+
 def _refuse_foreign(home: storage.Root) -> None:
     """Raise UsageError for a local folder of other things, whose README.md a cache's card would replace.
 
@@ -305,7 +318,10 @@ def _refuse_foreign(home: storage.Root) -> None:
     """
     if not isinstance(home, Path) or not home.is_dir():
         return
-    names = sorted(path.name for path in home.iterdir() if not path.name.startswith("."))
+    try:
+        names = sorted(path.name for path in home.iterdir() if not path.name.startswith("."))
+    except PermissionError:  # one may write where one may not list
+        return
     if names and not storage.inside(home, "plan.json").exists():
         raise UsageError(
             f"{home} is no cache and not empty: it holds {', '.join(names[:3])}{', …' if len(names) > 3 else ''}. Name "

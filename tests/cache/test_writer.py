@@ -212,11 +212,11 @@ def test_other_bytes_on_the_disk_are_noticed(
     write = storage.write
 
     def lying_disk(path: Path, fill: Any, *, need: int) -> str:
-        sha256 = write(path, fill, need=need)
+        sent = write(path, fill, need=need)
         content = bytearray(path.read_bytes())
         content[100] ^= 1
         path.write_bytes(content)
-        return sha256
+        return sent
 
     monkeypatch.setattr(storage, "write", lying_disk)
     with pytest.raises(CorruptionError, match="does not read back as it was written"):
@@ -245,9 +245,9 @@ def test_a_late_loser_survives_the_sweep(
     write = storage.write
 
     def swept_away(path: Path, fill: Any, *, need: int) -> str:
-        sha256 = write(path, fill, need=need)
+        sent = write(path, fill, need=need)
         path.unlink()
-        return sha256
+        return sent
 
     monkeypatch.setattr(storage, "write", swept_away)
     commit = writer.commit(unit, rows_of(teacher, unit), rejects=[], num_input_rows=4)

@@ -5,7 +5,7 @@ import json
 import os
 import resource
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,9 +136,17 @@ def metadata_of(domain: str, row: int) -> dict[str, str]:
 
 
 def build_cache(
-    root: Path, teacher: Any, *, hidden_bytes: int = 24, temperatures: tuple[float, ...] = (4.0, 2.0, 1.0)
+    root: Path,
+    teacher: Any,
+    *,
+    hidden_bytes: int = 24,
+    temperatures: tuple[float, ...] = (4.0, 2.0, 1.0),
+    files: Mapping[str, bytes] | None = None,
 ) -> Path:
-    """A sealed cache of the domains general and medical. The first eight tokens of a row are its prompt."""
+    """A sealed cache of the domains general and medical. The first eight tokens of a row are its prompt.
+
+    ``files`` are put beside its own.
+    """
     sources = [Source(domain=d, path=f"{d}.jsonl", sha256="0" * 64, num_rows=ROWS) for d in ("general", "medical")]
     identity = Identity(
         teacher_weights="a" * 64,
@@ -160,6 +168,8 @@ def build_cache(
     recorded = Recorded(teacher="tiny", engine="transformers", engine_version="0")
     plan = Plan(identity=identity, recorded=recorded, sources=tuple(sources), eval_fraction=0.1, units=units)
     writer = CacheWriter.open(root, plan)
+    for name, data in (files or {}).items():
+        writer.put_once(name, data)
     ids = {source.domain: sampled(teacher, ROWS, seed) for seed, source in enumerate(sources)}
     with torch.no_grad():
         states = {domain: teacher.model(ids_BS).last_hidden_state for domain, ids_BS in ids.items()}

@@ -29,9 +29,7 @@ def sampled_cache(world, tmp_path_factory):
     sample = Sample(
         prompt_id="p", domain="medical", prompt="why", input_ids=(5, 6), response="because", response_ids=(7, 8)
     )
-    root.mkdir()
-    (root / SAMPLES_FILE).write_bytes(render_samples([sample]))
-    return build_cache(root, teacher)
+    return build_cache(root, teacher, files={SAMPLES_FILE: render_samples([sample])})
 
 
 def test_the_last_answer_of_a_conversation_is_the_reference(tokenizer):
