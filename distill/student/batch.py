@@ -149,7 +149,10 @@ class DistillBatch:
 
     @property
     def coords(self) -> Tensor | None:
-        """Coordinates of the teacher's final hidden states, [N, R] float32; as ``Projection.dequantise``."""
+        """Coordinates of the teacher's final hidden states, [N, R] float32; as ``Projection.dequantise``.
+
+        Computed anew each time: take them once, and ask ``levels`` whether there are any.
+        """
         if self.levels is None or self.level_size is None:
             return None
         return (self.levels.float() + 0.5) * self.level_size

@@ -19,9 +19,10 @@ from distill.student.losses.feature import FeatureAdapter
 def candidates_of(examples: Sequence[Example], projection: Projection, device: torch.device) -> Candidates:
     """The teacher's vectors of the examples that have a trained token, one of which there must be."""
     batch = collate([example for example in examples if example.num_trained], projection)
-    assert batch.coords is not None, "there is a projection"
+    coords_NR = batch.coords
+    assert coords_NR is not None, "there is a projection"
     root_R = torch.from_numpy(projection.variance_R / projection.variance_R.sum()).float().sqrt()
-    vectors_MR = sequence_means(batch.coords, batch.sequence, len(batch.keys)) * root_R
+    vectors_MR = sequence_means(coords_NR, batch.sequence, len(batch.keys)) * root_R
     return Candidates(vectors=vectors_MR.to(device), keys=batch.keys.to(device))
 
 
@@ -29,10 +30,10 @@ def contrastive_sum(
     adapter: FeatureAdapter, hidden_ND: Tensor, batch: DistillBatch, candidates: Candidates, *, temperature: float
 ) -> Tensor:
     """``Σ_i n_i C_i`` over the batch's sequences, n_i the trained tokens of each, so that a mean is one over tokens."""
-    assert batch.coords is not None, "there is a projection"
-    num = len(batch.keys)
+    coords_NR, num = batch.coords, len(batch.keys)
+    assert coords_NR is not None, "there is a projection"
     root_R = adapter.get_buffer("weights_R").sqrt()
     student_BR = adapter.down(sequence_means(hidden_ND, batch.sequence, num)).float() * root_R
-    teacher_BR = sequence_means(batch.coords, batch.sequence, num) * root_R
+    teacher_BR = sequence_means(coords_NR, batch.sequence, num) * root_R
     losses_B = contrastive_loss(student_BR, teacher_BR, batch.keys, candidates, temperature=temperature)
     return (losses_B * torch.bincount(batch.sequence, minlength=num)).sum()

@@ -147,7 +147,7 @@ class Evaluator:
         self._add_head(sums, hidden_ND, batch)
         if attention is not None:
             sums.attention = float(attention(batch.heads))
-        if adapter is not None and batch.coords is not None:
+        if adapter is not None and batch.levels is not None:
             with self._student.precision.context():
                 sums.feature = float(feature_sum(adapter, self._student, hidden_ND, batch))
                 if candidates is not None and self._stage is not None:
@@ -157,13 +157,13 @@ class Evaluator:
         return sums
 
     def _add_head(self, sums: Sums, hidden_ND: Tensor, batch: DistillBatch) -> None:
-        head, tail = self._student.head(), self._view.tail
+        head, tail, coords_NR = self._student.head(), self._view.tail, batch.coords
         teachers = {T: batch.teacher(T, self._view.temperatures.index(T)) for T in self._temperatures}
         for start, stop, raw_NV in chunks_of_logits(hidden_ND, head, head.matrix(), chunk=self._config.head_chunk):
             logits_NV = head.finish(raw_NV)
             sums.add_choices(logits_NV, batch.labels[start:stop], batch.topk_ids[start:stop])
             sums.ce += float(cross_entropy(logits_NV, batch.labels[start:stop]).sum())
-            tail_NV = None if tail is None or batch.coords is None else tail.logits(batch.coords[start:stop])
+            tail_NV = None if tail is None or coords_NR is None else tail.logits(coords_NR[start:stop])
             for temperature, teacher in teachers.items():
                 kl_N = forward_kl(logits_NV, teacher.rows(start, stop), tail_NV) / temperature**2
                 sums.kl[temperature] += float(kl_N.sum())

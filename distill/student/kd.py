@@ -72,8 +72,9 @@ def kd_loss_from_logits(
     total = logits_NV.new_zeros((), dtype=torch.float32)
     if kl_weight > 0:
         tail_NV = None
-        if batch.tail is not None and batch.coords is not None:
-            tail_NV = batch.tail.on(logits.device, torch.float32).logits(batch.coords)
+        coords_NR = batch.coords
+        if batch.tail is not None and coords_NR is not None:
+            tail_NV = batch.tail.on(logits.device, torch.float32).logits(coords_NR)
         total = total + kl_weight * divergence(logits_NV, batch.teacher, tail_NV).sum()
     if ce_weight > 0:
         total = total + ce_weight * cross_entropy(logits_NV, batch.labels).sum()

@@ -131,7 +131,7 @@ class _Loss:
             teacher=batch.teacher(self._temperature, self._view.temperatures.index(self._temperature)),
             labels=batch.labels,
             coords=batch.coords,
-            tail=None if batch.coords is None else self._view.tail,
+            tail=None if batch.levels is None else self._view.tail,
         )
         hidden_ND = self._student.hidden(batch)
         head = self._student.head()

@@ -115,12 +115,12 @@ def _inner_pairs(
 
 def feature_sum(adapter: FeatureAdapter, student: Student, hidden_ND: Tensor, batch: DistillBatch) -> Tensor:
     """``Σ_n F_n`` of a batch, right after its ``hidden``. The batch has coordinates."""
-    assert batch.coords is not None, "a cache without them has no feature adapter"
-    inner = None
+    coords_NR, inner = batch.coords, None
+    assert coords_NR is not None, "a cache without them has no feature adapter"
     if adapter.pairs and batch.inner is not None:
         states = student.take_inputs(batch)
         inner = InnerStates(student=states, teacher=batch.inner, at_start=batch.at_start)
-    total: Tensor = adapter(hidden_ND, batch.coords, inner).sum()
+    total: Tensor = adapter(hidden_ND, coords_NR, inner).sum()
     return total
 
 
@@ -173,7 +173,7 @@ class Objective:
             weighted = weighted + losses.weighted
             terms = (("kl", losses.kl, weights.kl), ("ce", losses.ce, weights.ce))
             named |= {name: value for name, value, weight in terms if weight > 0}
-        if weights.feature > 0 and self.adapter is not None and batch.coords is not None:
+        if weights.feature > 0 and self.adapter is not None and batch.levels is not None:
             with self._student.precision.context():
                 feature = feature_sum(self.adapter, self._student, hidden_ND, batch)
             weighted = weighted + weights.feature * feature

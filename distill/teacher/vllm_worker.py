@@ -337,15 +337,13 @@ class CaptureWorker(BaseWorker):  # type: ignore[misc]
         return bytes(save({"first": first, "logits": logits_NV.cpu().numpy()}))
 
     def capture_facts(self) -> dict[str, Any] | None:
-        """What the head does to logits, and the precision that the teacher runs in."""
+        """What the head does to logits, and why the model gives no inner layers, if so."""
         if not self._capture_answers:
             return None
         return {
             "inner_refusal": self._capture_inner.refusal,
             "soft_cap": self._capture_head.soft_cap,
             "scale": self._capture_head.scale,
-            "dtype": str(self.model_config.dtype).removeprefix("torch."),
-            "kv_cache_dtype": str(self.cache_config.cache_dtype),
         }
 
 

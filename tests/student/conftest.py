@@ -135,18 +135,7 @@ def metadata_of(domain: str, row: int) -> dict[str, str]:
     return {"department": ("cardiology", "neurology")[row // 6 % 2]} if domain == "medical" else {}
 
 
-def build_cache(
-    root: Path,
-    teacher: Any,
-    *,
-    hidden_bytes: int = 24,
-    temperatures: tuple[float, ...] = (4.0, 2.0, 1.0),
-    files: Mapping[str, bytes] | None = None,
-) -> Path:
-    """A sealed cache of the domains general and medical. The first eight tokens of a row are its prompt.
-
-    ``files`` are put beside its own.
-    """
+def _plan(*, hidden_bytes: int, temperatures: tuple[float, ...]) -> Plan:
     sources = [Source(domain=d, path=f"{d}.jsonl", sha256="0" * 64, num_rows=ROWS) for d in ("general", "medical")]
     identity = Identity(
         teacher_weights="a" * 64,
@@ -166,11 +155,41 @@ def build_cache(
     )
     units = tuple(plan_units(sources, UNIT_ROWS))
     recorded = Recorded(teacher="tiny", engine="transformers", engine_version="0")
-    plan = Plan(identity=identity, recorded=recorded, sources=tuple(sources), eval_fraction=0.1, units=units)
+    return Plan(identity=identity, recorded=recorded, sources=tuple(sources), eval_fraction=0.1, units=units)
+
+
+def _prompt(domain: str, row: int, ids_S: torch.Tensor) -> Prompt:
+    return Prompt(
+        sequence_id=f"{domain}-{row}",
+        prompt_id=f"{domain}-{row}",
+        domain=domain,
+        split="eval" if row % 6 == 5 else "train",
+        source=f"{domain}.jsonl:{row}",
+        metadata=metadata_of(domain, row),
+        prompt="",
+        response="",
+        input_ids=ids_S.numpy().astype(np.int32),
+        loss_mask=np.arange(LENGTH - 1) >= 7,
+    )
+
+
+def build_cache(
+    root: Path,
+    teacher: Any,
+    *,
+    hidden_bytes: int = 24,
+    temperatures: tuple[float, ...] = (4.0, 2.0, 1.0),
+    files: Mapping[str, bytes] | None = None,
+) -> Path:
+    """A sealed cache of the domains general and medical. The first eight tokens of a row are its prompt.
+
+    ``files`` are put beside its own.
+    """
+    plan = _plan(hidden_bytes=hidden_bytes, temperatures=temperatures)
     writer = CacheWriter.open(root, plan)
     for name, data in (files or {}).items():
         writer.put_once(name, data)
-    ids = {source.domain: sampled(teacher, ROWS, seed) for seed, source in enumerate(sources)}
+    ids = {source.domain: sampled(teacher, ROWS, seed) for seed, source in enumerate(plan.sources)}
     with torch.no_grad():
         states = {domain: teacher.model(ids_BS).last_hidden_state for domain, ids_BS in ids.items()}
         logits = {domain: teacher.lm_head(states_BSD) for domain, states_BSD in states.items()}
@@ -180,21 +199,10 @@ def build_cache(
         projection = fitted(teacher, flat_ND, hidden_bytes)
         writer.put_once("projection.safetensors", projection.to_bytes())
     save_tokenizer(root / "teacher", words())
-    for unit in units:
+    for unit in plan.units:
         rows = [
             SequenceTargets(
-                prompt=Prompt(
-                    sequence_id=f"{unit.domain}-{row}",
-                    prompt_id=f"{unit.domain}-{row}",
-                    domain=unit.domain,
-                    split="eval" if row % 6 == 5 else "train",
-                    source=f"{unit.domain}.jsonl:{row}",
-                    metadata=metadata_of(unit.domain, row),
-                    prompt="",
-                    response="",
-                    input_ids=ids[unit.domain][row].numpy().astype(np.int32),
-                    loss_mask=np.arange(LENGTH - 1) >= 7,
-                ),
+                prompt=_prompt(unit.domain, row, ids[unit.domain][row]),
                 targets=targets_of(
                     logits[unit.domain][row, :-1],
                     states[unit.domain][row, :-1].double().numpy(),
