@@ -161,13 +161,11 @@ class _Planner:
         return Interval(low=value * max(0.0, 1 - part), high=value * (1 + part))
 
     def _storage(self) -> Storage:
-        targets, load = self.seen.config.targets, self.load
+        targets = self.seen.config.targets
         sizes = self._typical(targets)
         if self.measured:
             sizes |= joined_hidden(self.measured.bytes_per_token)
-        known = {name: size for name, size in load.bytes.items() if name != "footers"}
-        columns = {**known, **{name: size * load.num_distinct for name, size in sizes.items()}}
-        columns["footers"] = load.bytes["footers"]
+        columns = self._columns(sizes)
         shards, vocab_size, dim = sum(columns.values()), self.seen.vocab_size, self._hidden_size
         rank = typical_rank(targets.hidden_bytes, dim)
         return Storage(
@@ -176,9 +174,15 @@ class _Planner:
             shards_interval=self._interval(shards),
             projection=2 * rank * vocab_size + 4 * (vocab_size + dim + rank * (dim + 1)) if rank else 0,
             fidelity=2 * calibration.NUM_FIDELITY * vocab_size if rank else 0,
-            bytes_per_target=shards / load.num_targets,
+            bytes_per_target=shards / self.load.num_targets,
             source="measured" if self.measured else "typical",
         )
+
+    def _columns(self, sizes: dict[str, float]) -> dict[str, float]:
+        """Bytes of every column, in a table's order. ``sizes``: the teacher's, for a target whose beginning is new."""
+        known = {name: size for name, size in self.load.bytes.items() if name != "footers"}
+        teachers = {name: size * self.load.num_distinct for name, size in sizes.items()}
+        return {**known, **teachers, "footers": self.load.bytes["footers"]}
 
     def _typical(self, targets: TargetsConfig) -> dict[str, float]:
         heads = kept_heads(self.seen.model.get_text_config(), targets)
@@ -213,7 +217,13 @@ class _Planner:
         chosen, batch = None, None
         reasons: list[str] = []
         if self.measured:
-            chosen, why = best_choice(choices(self.measured, self.seen.config.targets, typical=self._typical))
+            found = choices(
+                self.measured,
+                self.seen.config.targets,
+                typical=self._typical,
+                on_disk=lambda sizes: sum(self._columns(sizes).values()) / self.load.num_targets,
+            )
+            chosen, why = best_choice(found)
             reasons += why
         if sizes and memory and self.machine.gpu_memory is not None:
             batch = largest_batch(sizes, memory, config=self.seen.config, gpu_memory=self.machine.gpu_memory)

@@ -116,7 +116,7 @@ class Proposal(_Model):
 
     top_k: int | None
     hidden_bytes: int | None
-    bytes_per_target: float | None = Field(description="with the proposed top_k and hidden_bytes")
+    bytes_per_target: float | None = Field(description="shards with the proposed top_k and hidden_bytes")
     max_num_batched_tokens: int | None = Field(description="for engine_options; null: no --gpu-memory")
     reasons: tuple[str, ...]
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from distill.config import TargetsConfig
 from distill.teacher.measure import Measured
 
-Typical = Callable[[TargetsConfig], dict[str, float]]  # column -> bytes for a target
+Typical = Callable[[TargetsConfig], dict[str, float]]  # column -> bytes for a target whose beginning is new
+OnDisk = Callable[[dict[str, float]], float]  # those -> bytes of all shards for each target
 WITHIN = 0.03  # total variation that a choice may be behind the best one, at each temperature
 
 
@@ -16,11 +17,11 @@ class Choice:
 
     top_k: int
     hidden_bytes: int
-    bytes_per_target: float
+    bytes_per_target: float  # of all columns
     distances: dict[float, float]  # temperature -> total variation
 
 
-def choices(measured: Measured, targets: TargetsConfig, *, typical: Typical) -> list[Choice]:
+def choices(measured: Measured, targets: TargetsConfig, *, typical: Typical, on_disk: OnDisk) -> list[Choice]:
     """Every measured k and size of the hidden state, with its bytes: typical ones, scaled to what was measured."""
     by_choice: dict[tuple[int, int], dict[float, float]] = {}
     for item in measured.distances:
@@ -29,7 +30,7 @@ def choices(measured: Measured, targets: TargetsConfig, *, typical: Typical) -> 
     found = []
     for (top_k, size), distances in by_choice.items():
         other = targets.model_copy(update={"top_k": top_k, "hidden_bytes": size})
-        total = sum(scaled_bytes(measured, targets, other, typical=typical).values())
+        total = on_disk(scaled_bytes(measured, targets, other, typical=typical))
         found.append(Choice(top_k=top_k, hidden_bytes=size, bytes_per_target=total, distances=distances))
     return sorted(found, key=lambda choice: choice.bytes_per_target)
 

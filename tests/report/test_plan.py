@@ -195,7 +195,9 @@ def test_measured_sizes_rates_and_a_proposal(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.backend_tokenizer.pre_tokenizer = Whitespace()
     tokenizer.save_pretrained(folder)
-    rows = [{"text": " ".join(f"t{3 + (i * i + 7 * j * j + i * j) % 497}" for j in range(60))} for i in range(100)]
+    system = " ".join(f"t{3 + 5 * j}" for j in range(30))  # what all rows begin with is stored once
+    texts = (" ".join(f"t{3 + (i * i + 7 * j * j + i * j) % 497}" for j in range(60)) for i in range(100))
+    rows = [{"text": f"{system} {text}"} for text in texts]
     (tmp_path / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = CacheConfig.model_validate(
         {
@@ -216,7 +218,10 @@ def test_measured_sizes_rates_and_a_proposal(tmp_path: Path) -> None:
     assert report.storage.shards == pytest.approx(total, rel=0.1)
     assert report.proposal is not None
     assert report.proposal.hidden_bytes in (0, 64, 128, 256)
-    assert report.proposal.bytes_per_target is not None
+    asked = {"top_k": report.proposal.top_k, "hidden_bytes": report.proposal.hidden_bytes}
+    proposed = config.model_copy(update={"targets": config.targets.model_copy(update=asked)})
+    again = plan(proposed, look=Look(measure=600), quiet=True).storage.bytes_per_target
+    assert report.proposal.bytes_per_target == pytest.approx(again, rel=0.1)
     console = Console(file=io.StringIO(), width=160)
     render_plan(report, console=console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
