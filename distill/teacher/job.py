@@ -144,8 +144,12 @@ def _run(job: Job, worker: Worker, interrupt: Interrupt, *, quiet: bool) -> Cach
 
 
 def _with_smaller_batches(config: CacheConfig, engine: Engine) -> CacheConfig:
-    """Half of what the engine took at once: a lack of memory is the likeliest death."""
-    smaller = {engine.batch_option: max(_SMALLEST_BATCH, engine.batch_tokens // 2)}
+    """Half of what the engine took at once: a lack of memory is the likeliest death.
+
+    vLLM refuses to load with fewer tokens in a step than sequences.
+    """
+    smallest = max(_SMALLEST_BATCH, int(config.engine_options.get("max_num_seqs", 0)))
+    smaller = {engine.batch_option: max(smallest, engine.batch_tokens // 2)}
     return config.model_copy(update={"engine_options": {**config.engine_options, **smaller}})
 
 

@@ -8,6 +8,7 @@ import json
 import threading
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -89,6 +90,14 @@ def test_a_teacher_that_always_dies_is_given_up(config: CacheConfig, monkeypatch
         cache_teacher(config, quiet=True)
     assert caught.value.exit_code == 75
     assert fragile.loaded == [2048, 1024, 512, 256]
+
+
+def test_a_step_keeps_a_token_for_each_sequence(config: CacheConfig) -> None:
+    loaded: Any = SimpleNamespace(batch_option="max_num_batched_tokens", batch_tokens=1024)
+    many = config.model_copy(update={"engine_options": {"max_num_seqs": 700}})
+    assert job._with_smaller_batches(many, loaded).engine_options["max_num_batched_tokens"] == 700
+    few = config.model_copy(update={"engine_options": {"max_num_seqs": 16}})
+    assert job._with_smaller_batches(few, loaded).engine_options["max_num_batched_tokens"] == 512
 
 
 def test_a_teacher_that_hangs_is_given_up(
