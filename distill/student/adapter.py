@@ -1,5 +1,6 @@
 """A model and a folder, or settings, flow in; peft's wrapper of the model with a LoRA adapter flows out."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,50 @@ def with_adapter(model: Any, folder: Path, *, trainable: bool) -> Any:
             f"the adapter in {folder} does not fit its base model: {reason}. Restore it from a copy, or start from "
             "another checkpoint with --from."
         ) from error
+    if trainable:
+        refuse_tied(adapted, f"the adapter in {folder}")
     return adapted
+
+
+def adapted_layers(model: Any) -> list[tuple[str, Any]]:
+    """Names within the plain model, and modules, of what an adapter changes in peft's ``model``."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper
+
+    found: list[tuple[str, Any]] = []
+    for name, module in model.get_base_model().named_modules():
+        within = bool(found) and name.startswith(f"{found[-1][0]}.")
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) and not within:
+            found.append((name, module))
+    return found
+
+
+def refuse_tied(model: Any, adapter: str) -> None:
+    """Raise UsageError where low ranks on one layer of peft's ``model`` leave another with the same weight alone.
+
+    Merged into that weight they would change both. Whole copies of a layer (``modules_to_save``) untie it instead.
+    """
+    layers = [(name, module.get_base_layer()) for name, module in adapted_layers(model) if hasattr(module, "lora_A")]
+    _refuse_tied(model.get_base_model(), layers, f"{adapter} changes")
+
+
+def _refuse_tied(model: Any, layers: Iterable[tuple[str, nn.Module]], who: str) -> None:
+    users: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        users.setdefault(id(_own_weight(module)), []).append(name.removesuffix(".base_layer"))
+    for name, layer in layers:
+        others = [] if _own_weight(layer) is None else [user for user in users[id(_own_weight(layer))] if user != name]
+        if others:
+            raise UsageError(
+                f"{who} {name}, whose weight is that of {others[0]} too (tie_word_embeddings). An adapter changes the "
+                "one and not the other, so no plain model has the weights that were trained. Leave it out of "
+                "lora.target_modules, or give the student a head of its own: load it with tie_word_embeddings=False, "
+                "copy the embedding into the head, save it."
+            )
+
+
+def _own_weight(module: nn.Module) -> nn.Parameter | None:
+    return dict(module.named_parameters(recurse=False)).get("weight")
 
 
 def with_new_adapter(model: Any, lora: LoraConfig) -> Any:
@@ -105,3 +149,6 @@ def _check_targets(model: Any, targets: tuple[str, ...]) -> None:
             f"lora.target_modules names the LM head ({head}), which the losses multiply with themselves, so that it "
             "cannot carry an adapter. Leave it away, or train with tune: full."
         )
+    asked = tuple(f".{target}" for target in targets)
+    layers = [(name, module) for name, module in model.named_modules() if f".{name}".endswith(asked)]
+    _refuse_tied(model, layers, "lora.target_modules names")

@@ -3,6 +3,7 @@
 ``N`` tokens of the probe, ``V`` rows of the head.
 """
 
+import hashlib
 import json
 import shutil
 from dataclasses import asdict, dataclass
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor
 
 from distill import __version__
-from distill.errors import CorruptionError, StorageError, UsageError
+from distill.errors import CorruptionError, DistillError, StorageError, UsageError
 from distill.student.adapter import refuse_other_base, with_adapter
+from distill.student.merge import Columns, columns_of, merged, refuse_unmerged
 from distill.student.model import Origin, load_causal
 from distill.student.origin import origin_of
 from distill.student.tokenizer import save_tokenizer
@@ -22,6 +24,7 @@ from distill.student.tokenizer import save_tokenizer
 ExportDtype = Literal["auto", "float32", "bfloat16", "float16"]
 _PROBE_TOKENS = 64
 # Largest ‖difference‖ / ‖logits‖ that rounding of merged weights explains; with 30 layers it was 8e-7, 2e-3 and 2e-2.
+# This is for what else a folder tells a model, its configuration for example: weights have sharper checks.
 _LIMITS = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
@@ -41,48 +44,87 @@ class Exported:
         return {**asdict(self), "folder": str(self.folder)}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Expected:
+    """What must be found in the folder: the student beside its adapter, and the bits that were written."""
+
+    adapted: dict[str, Columns]
+    digests: dict[str, str]
+    logits_NV: Tensor
+
+
 def export_student(
     checkpoint: Path, out: Path, *, dtype: ExportDtype = "auto", trust_remote_code: bool = False
 ) -> Exported:
     """Write the student of ``checkpoint`` (``RUN/stage3/best``, or an adapter folder) to the new folder ``out``.
 
     A LoRA adapter is merged into its base. ``auto`` keeps the dtype of the base (float32 for a full fine-tuning). What
-    was written is loaded again and its logits are compared with the checkpoint's own on a fixed probe before the folder
-    gets its name. Raises UsageError when ``out`` exists, CorruptionError for a damaged checkpoint or other logits,
-    IdentityError when the base of an adapter has changed, StorageError when the disk refuses.
+    was written is loaded again before the folder gets its name: its weights must be those that were merged to the bit,
+    those of adapted layers must be base and adapter together, and its logits on a fixed probe the checkpoint's own but
+    for rounding. Raises UsageError when ``out`` exists or an adapter cannot be merged, CorruptionError for a damaged
+    checkpoint, other weights or other logits, IdentityError when the base of an adapter has changed, StorageError when
+    the disk refuses.
     """
     if out.exists():
         raise UsageError(f"{out} exists. Export into a new folder with --out, or delete the old one.")
     origin = origin_of(checkpoint)
     model = load_causal(origin.base, dtype=_dtype(dtype), trust_remote_code=trust_remote_code).eval()
+    adapted: dict[str, Columns] = {}
     if origin.adapter is not None:
         refuse_other_base(origin.base, origin.adapter, origin.base_weights)
         model = with_adapter(model, origin.adapter, trainable=False).eval()
-    probe_1N = _probe(model)
-    wanted_NV = _logits(model, probe_1N)
+        adapted = columns_of(model)
+    wanted_NV = _logits(model, _probe(model))
     if origin.adapter is not None:
-        model = model.merge_and_unload()
-    kept_dtype, num_parameters = model.dtype, model.num_parameters()
+        model = merged(model, origin.adapter)
+    expected = _Expected(adapted=adapted, digests=_digests(model), logits_NV=wanted_NV)
     aside = out.with_name(f".{out.name}.new")
     _write(model, origin, checkpoint, aside=aside, trust_remote_code=trust_remote_code)
     del model  # two copies of a large student need not fit
-    got_NV = _logits(load_causal(str(aside), dtype="auto", trust_remote_code=trust_remote_code).eval(), probe_1N)
-    error = float((got_NV - wanted_NV).norm() / wanted_NV.norm().clamp(min=1e-30))
-    if not error <= _LIMITS[kept_dtype]:
+    try:
+        model = load_causal(str(aside), dtype="auto", trust_remote_code=trust_remote_code).eval()
+        error = _check(model, expected, checkpoint, origin)
+    except DistillError:
         shutil.rmtree(aside)
-        raise CorruptionError(
-            f"the exported model is not the student of {checkpoint}: on a probe its logits differ by {error:.2%}. "
-            "Nothing was kept. Export with --dtype float32, and check the disk."
-        )
+        raise
     _rename(aside, out)
     return Exported(
         folder=out,
         base=origin.base,
         merged_adapter=origin.adapter is not None,
-        dtype=str(kept_dtype).removeprefix("torch."),
-        num_parameters=num_parameters,
+        dtype=str(model.dtype).removeprefix("torch."),
+        num_parameters=model.num_parameters(),
         logit_error=error,
     )
+
+
+def _check(model: Any, expected: _Expected, checkpoint: Path, origin: Origin) -> float:
+    """‖difference‖ / ‖logits‖ of a model that was read back. Raises CorruptionError where it is not the student."""
+    digests = _digests(model)
+    changed = [name for name in expected.digests | digests if expected.digests.get(name) != digests.get(name)]
+    if changed:
+        raise CorruptionError(
+            f"the model exported from {checkpoint} was read back with other weights than were written: {len(changed)} "
+            f"tensors differ, {changed[0]} among them. Nothing was kept. Check the disk, then export again."
+        )
+    if origin.adapter is not None:
+        refuse_unmerged(model, expected.adapted, origin.adapter)
+    got_NV = _logits(model, _probe(model))
+    error = float((got_NV - expected.logits_NV).norm() / expected.logits_NV.norm().clamp(min=1e-30))
+    if not error <= _LIMITS[model.dtype]:
+        raise CorruptionError(
+            f"the exported model is not the student of {checkpoint}: on a probe its logits differ by {error:.2%}. "
+            "Nothing was kept. Export with --dtype float32, and check the disk."
+        )
+    return error
+
+
+def _digests(model: Any) -> dict[str, str]:
+    """SHA-256 of each tensor that a model is made of."""
+    return {
+        name: f"{value.dtype} {hashlib.sha256(value.contiguous().reshape(-1).view(torch.uint8).numpy()).hexdigest()}"
+        for name, value in model.state_dict().items()
+    }
 
 
 def _dtype(name: ExportDtype) -> torch.dtype | str:

@@ -17,6 +17,7 @@ from distill.errors import IdentityError, UsageError
 from distill.student.adapter import refuse_other_base, refuse_other_lora, with_adapter, with_new_adapter
 from distill.student.batch import DistillBatch
 from distill.student.losses.fused import Head, chunks_of_logits
+from distill.student.merge import columns_of, merged, refuse_unmerged
 from distill.student.precision import Precision
 from distill.student.quantised import loading_options
 from distill.student.ranks import ALONE, Ranks
@@ -208,7 +209,10 @@ def load_student(
         model = with_adapter(model, origin.adapter, trainable=training and not full)
         if training and not full:
             refuse_other_lora(model, origin.adapter, config.lora)
-        model = model.merge_and_unload() if full else model
+        if full:
+            adapted = columns_of(model)
+            model = merged(model, origin.adapter)
+            refuse_unmerged(model, adapted, origin.adapter)
     elif training and not full:
         model = with_new_adapter(model, config.lora)
     head = _head_of(causal_of(model), vocab_size, precision)

@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 
-from distill.errors import IdentityError, UsageError
+from distill.errors import CorruptionError, IdentityError, UsageError
 from distill.student.evaluate import evaluate_model
 from distill.student.export import export_student
 from distill.student.model import Origin, causal_of, load_causal, load_student
@@ -64,15 +64,15 @@ def test_a_base_that_changed_beneath_its_adapter_is_refused(configured, world, t
     assert train_stage(config, 2, quiet=True).stage == 2
 
 
-def adapted(world, folder, **settings):
-    """An adapter that changes the LM head of the student, which is not tied here."""
+def adapted(base, folder, **settings):
+    """An adapter of another kind than ours, with something to say."""
     torch.manual_seed(0)
-    model = load_causal(str(world.teacher), dtype=torch.float32, trust_remote_code=False)
+    model = load_causal(str(base), dtype=torch.float32, trust_remote_code=False)
     wanted = peft.LoraConfig(**{"r": 2, "task_type": "CAUSAL_LM", "target_modules": ["q_proj"], **settings})
     model = peft.get_peft_model(model, wanted)
     with torch.no_grad():
         for name, value in model.named_parameters():
-            if "lora_B" in name or "modules_to_save" in name:
+            if any(part in name for part in ("lora_B", "lora_embedding_A", "modules_to_save")):
                 value.normal_()
     model.save_pretrained(folder, save_embedding_layers=False)
     return folder
@@ -81,7 +81,7 @@ def adapted(world, folder, **settings):
 @pytest.mark.parametrize("settings", [{"target_modules": ["lm_head"]}, {"modules_to_save": ["lm_head"]}])
 def test_an_adapter_on_the_head_is_not_left_out(configured, world, tmp_path, settings):
     """Our losses multiply with the head themselves. Merged it counts: for a full fine-tuning, and in an export."""
-    adapter = adapted(world, tmp_path / "adapter", **settings)
+    adapter = adapted(world.teacher, tmp_path / "adapter", **settings)
     origin = Origin(base=str(world.teacher), adapter=adapter)
     parts = {"precision": resolve_precision("cpu", "fp32"), "vocab_size": 300}
     with pytest.raises(UsageError, match="LM head on a decoder of its own, without an adapter"):
@@ -91,3 +91,53 @@ def test_an_adapter_on_the_head_is_not_left_out(configured, world, tmp_path, set
     plain = load_causal(str(exported), dtype=torch.float32, trust_remote_code=False)
     torch.testing.assert_close(full.head().weight, plain.lm_head.weight)
     assert full.head().weight is causal_of(full.model).lm_head.weight
+
+
+EMBEDDING = {"target_modules": ["q_proj", "embed_tokens"]}
+
+
+def test_low_ranks_on_a_tied_embedding_are_refused_before_training(configured):
+    """They would train, beside a head that stays what it was; no plain model says the same."""
+    says = r"names model\.embed_tokens, whose weight is that of lm_head too \(tie_word_embeddings\)"
+    with pytest.raises(UsageError, match=says):
+        train_stage(configured(tune="lora", lora=EMBEDDING), 1, quiet=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings:UserWarning")
+def test_an_adapter_on_a_tied_embedding_is_neither_trained_nor_merged(configured, world, tmp_path):
+    adapter = adapted(world.student, tmp_path / "adapter", **EMBEDDING)
+    for use in (
+        lambda: train_stage(configured(tune="lora", lora=LORA), 1, start=adapter, quiet=True),
+        lambda: train_stage(configured(), 1, start=adapter, quiet=True),
+        lambda: export_student(adapter, tmp_path / "plain"),
+    ):
+        with pytest.raises(UsageError, match=r"adapter in .*adapter changes model\.embed_tokens, whose weight is that"):
+            use()
+    assert evaluate_model(configured(), adapter).overall.num_tokens > 0
+
+
+def test_low_ranks_on_an_embedding_of_its_own_are_merged(configured, world, tmp_path, monkeypatch):
+    config = configured(student=str(world.teacher), tune="lora", lora=EMBEDDING, stage={"max_steps": 2})
+    best = train_stage(config, 1, quiet=True).best
+    assert export_student(best, tmp_path / "plain", dtype="bfloat16").logit_error < 0.05
+    monkeypatch.setattr(peft.tuners.lora.Embedding, "merge", lambda *_, **__: None)
+    with pytest.raises(CorruptionError, match=r"the weights of model\.embed_tokens are off by"):
+        export_student(best, tmp_path / "unmerged", dtype="bfloat16")
+    with pytest.raises(CorruptionError, match=r"the weights of model\.embed_tokens are off by"):
+        train_stage(configured(student=str(world.teacher)), 2, start=best, quiet=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings:UserWarning")
+@pytest.mark.parametrize("whole", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
+def test_whole_copies_of_tied_layers_are_untied_in_an_export(world, tmp_path, whole):
+    adapter = adapted(world.student, tmp_path / "adapter", modules_to_save=whole)
+    exported = export_student(adapter, tmp_path / "plain")
+    assert exported.logit_error < 1e-5
+    assert json.loads((exported.folder / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_weights_decomposed_into_length_and_direction_are_merged(world, tmp_path):
+    """Another kind of low rank (DoRA), whose merge is no sum."""
+    adapter = adapted(world.student, tmp_path / "adapter", use_dora=True)
+    assert export_student(adapter, tmp_path / "plain").logit_error < 1e-5
+    assert export_student(adapter, tmp_path / "rounded", dtype="bfloat16").logit_error < 0.05

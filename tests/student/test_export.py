@@ -3,9 +3,11 @@
 import json
 import subprocess
 import sys
+from itertools import count
 
 import pytest
 import torch
+from peft.tuners.lora import Linear
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
@@ -82,20 +84,96 @@ def test_full_fine_tuning_is_exported_in_another_dtype(configured, tmp_path):
         assert (own(IDS).logits - model(IDS).logits).norm() < 0.02 * own(IDS).logits.norm()
 
 
-def test_other_logits_are_noticed_and_nothing_is_kept(configured, tmp_path, monkeypatch):
+def with_other_weights(model):
+    model.model.layers[0].mlp.up_proj.weight.data[3, 4] += 1e-3
+
+
+def with_another_configuration(model):
+    model.model.layers[0].self_attn.scaling *= 3
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (
+            with_other_weights,
+            r"read back with other weights .* 1 tensors differ, model\.layers\.0\.mlp\.up_proj\.weight",
+        ),
+        (with_another_configuration, "not the student of .* its logits differ by"),
+    ],
+)
+def test_another_model_is_noticed_and_nothing_is_kept(configured, tmp_path, monkeypatch, damage, says):
     best = train_stage(configured(tune="lora"), 1, quiet=True).best
     load = export.load_causal
 
     def damaged(base, **options):
         model = load(base, **options)
         if base.endswith(".new"):
-            model.model.layers[0].mlp.up_proj.weight.data *= 1.5
+            damage(model)
         return model
 
     monkeypatch.setattr(export, "load_causal", damaged)
-    with pytest.raises(CorruptionError, match="not the student"):
+    with pytest.raises(CorruptionError, match=says):
         export_student(best, tmp_path / "model")
     assert not list(tmp_path.glob("*model*"))
+    assert not list(tmp_path.glob(".*"))
+
+
+MERGE = Linear.merge
+
+
+def unmerged(model, _adapter):
+    return model.unload()
+
+
+def merged_twice(layer, *arguments, **options):
+    MERGE(layer, *arguments, **options)
+    layer.merged_adapters.clear()
+    MERGE(layer, *arguments, **options)
+
+
+def merged_in_part(layer, *arguments, **options):
+    layer.scaling["default"] *= 0.9
+    MERGE(layer, *arguments, **options)
+
+
+def merged_but_for(skipped):
+    """All layers but the one with this number, which thinks that it is merged."""
+    calls = count()
+
+    def merge(layer, **_):
+        if next(calls) == skipped:
+            layer.merged_adapters.append("default")
+        else:
+            MERGE(layer)
+
+    return merge
+
+
+FAULTS = {
+    "not at all": lambda: (export, "merged", unmerged),
+    "twice": lambda: (Linear, "merge", merged_twice),
+    "in part": lambda: (Linear, "merge", merged_in_part),
+    "but for the first layer": lambda: (Linear, "merge", merged_but_for(0)),
+    "but for the last layer": lambda: (Linear, "merge", merged_but_for(5)),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_wrong_merge_of_a_barely_trained_adapter_is_noticed(configured, tmp_path, monkeypatch, dtype):
+    """What a few steps changed is less than what rounding does to logits, and must be in the weights all the same."""
+    lora = {"r": 4, "dropout": 0.0, "target_modules": ["q_proj", "up_proj", "down_proj"]}
+    brief = {"max_steps": 3, "learning_rate": 1e-5}
+    best = train_stage(configured(tune="lora", lora=lora, student_layers=2, stage=brief), 1, quiet=True).best
+    for fault in FAULTS.values():
+        with monkeypatch.context() as patch:
+            patch.setattr(*fault())
+            with pytest.raises(
+                CorruptionError, match=r"is not merged as it was trained: the weights of .*proj are off"
+            ):
+                export_student(best, tmp_path / "model", dtype=dtype)
+        assert not list(tmp_path.glob("*model*"))
+    assert export_student(best, tmp_path / "model", dtype=dtype).merged_adapter
 
 
 def test_an_existing_folder_is_left_alone(tmp_path):
