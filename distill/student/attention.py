@@ -1,14 +1,17 @@
 """Kept queries and keys of the teacher and a student's forward pass flow in, the attention loss flows out.
 
 Fused attention never shows its maps. The teacher's are rebuilt from what the cache holds (``distill.cache.attention``),
-the student's from queries and keys that its attention modules are asked for once more while they run.
+the student's from queries and keys that are kept on their way from an attention module to the function that attends.
+Before anything is trained, a few tokens prove that these are the maps that the student has.
 
 ``B`` sequences, ``S`` padded length, ``N`` trained tokens, ``L`` positions of a sequence, ``H`` query heads, ``G`` key
 heads, ``d`` head dimension.
 """
 
+import copy
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +28,10 @@ from distill.student.losses.attention import attention_distance, log_map, mean_m
 from distill.student.shrink import find_layers, same_depth
 
 _MAP_VALUES = 2**23  # of maps [H, N, L] that exist at the same time
+_KEEPING = "distill_keeping"  # what ``_keeping`` is called among transformers' attention functions
+_PROBE_TOKENS, _PROBE_WINDOW = 12, 4
+_PROBE_TV = 1e-3  # most that a rebuilt map may differ from the model's own, in total variation
+_PROBE_ERRORS = (AttributeError, TypeError, ValueError, RuntimeError, LookupError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,20 +103,27 @@ def layer_pairs(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Seen:
-    """A student's layer in its latest forward pass, after the rotary embedding."""
+    """What a student's layer attended with in its latest forward pass; ``G`` divides ``H``."""
 
-    q_BSHd: Tensor
-    k_BSHd: Tensor  # keys repeated for each query head
+    q_BHSd: Tensor
+    k_BGSd: Tensor
     scale: float
     soft_cap: float | None
     window: int | None
+
+    def of(self, row: int, columns: slice) -> tuple[Tensor, Tensor]:
+        """Queries and keys of a sequence, keys repeated for each query head: [L, H, d] each."""
+        q_HLd, k_GLd = self.q_BHSd[row, :, columns], self.k_BGSd[row, :, columns]
+        return q_HLd.transpose(0, 1), k_GLd.repeat_interleave(len(q_HLd) // len(k_GLd), 0).transpose(0, 1)
 
 
 class AttentionLoss:
     """``Σ_n A_n`` over trained tokens: the mean over layer pairs of ``attention_distance``; see ``docs/losses.md``.
 
-    ``decoder`` is the student's without its head. Making one puts hooks on its attention modules, which from then on
-    leave their queries and keys here in every forward pass.
+    ``decoder`` is the student's without its head. Making one puts hooks on it and its attention modules, which from
+    then on leave their queries and keys here (no longer in one that was made before) in every forward pass, and runs it
+    once on a few tokens. Where its weights are spread over ranks, all must make theirs together. Raises UsageError for
+    layers and heads that are not there, and for a layer whose rebuilt maps are not the student's own.
     """
 
     def __init__(
@@ -120,6 +134,10 @@ class AttentionLoss:
         self._specs = specs
         self._pairs = layer_pairs(settings, specs, teacher_layers=depth, student_layers=num_layers)
         self._seen: dict[int, _Seen] = {}
+        self._maps: dict[int, Tensor] | None = None  # the model's own, [B, H, S, S], in a probe alone
+        self._keeps = False  # recomputing a layer in the backward pass attends once more
+        decoder.register_forward_pre_hook(lambda *_: self._keep(True))
+        decoder.register_forward_hook(lambda *_: self._keep(False))
         found = find_layers(decoder, num_layers)
         for layer in sorted({pair.student for pair in self._pairs}):
             module = None if found is None else getattr(getattr(*found)[layer], "self_attn", None)
@@ -127,7 +145,8 @@ class AttentionLoss:
             assert module is not None
             for pair in self._pairs:
                 _check_heads(pair, layer, int(config.num_attention_heads))
-            module.register_forward_hook(self._keeper(layer), with_kwargs=True)
+            self._tap(module, layer)
+        self._prove(decoder, config)
 
     def __call__(self, sequences: Sequence[SequenceHeads]) -> Tensor:
         """The sum over the trained tokens of the latest forward pass's sequences."""
@@ -137,13 +156,14 @@ class AttentionLoss:
 
     def _of_pair(self, sequence: SequenceHeads, pair: LayerPair) -> Tensor:
         seen, kept = self._seen[pair.student], sequence.layers[pair.teacher]
-        teacher_q_NHd, teacher_k_LHd = self._teacher(sequence, pair.teacher, seen.q_BSHd.device)
+        teacher_q_NHd, teacher_k_LHd = self._teacher(sequence, pair.teacher, seen.q_BHSd.device)
         num = len(kept.k)
-        k_LHd = seen.k_BSHd[sequence.row, sequence.start : sequence.start + num]
-        q_LHd = seen.q_BSHd[sequence.row, sequence.start : sequence.start + num]
+        q_LHd, k_LHd = seen.of(sequence.row, slice(sequence.start, sequence.start + num))
         heads = max(q_LHd.shape[1], teacher_q_NHd.shape[1])
         rows = max(1, _MAP_VALUES // (heads * num))
         spec, positions_N = self._specs[pair.teacher], sequence.positions.to(q_LHd.device)
+        # What the student cannot see, it cannot learn to look at: the divergence would be infinite.
+        shared = min((window for window in (spec.window, seen.window) if window is not None), default=None)
 
         def distance(teacher_q: Tensor, q: Tensor, k: Tensor, positions: Tensor) -> Tensor:
             theirs = log_map(
@@ -152,7 +172,7 @@ class AttentionLoss:
                 positions,
                 scale=spec.softmax_scale,
                 soft_cap=spec.soft_cap,
-                window=spec.window,
+                window=shared,
             )
             ours = log_map(q, k, positions, scale=seen.scale, soft_cap=seen.soft_cap, window=seen.window)
             if pair.heads:
@@ -183,34 +203,138 @@ class AttentionLoss:
         k_LGd = ready(kept.k, kept.k_scale, spec.k_bias, torch.arange(len(kept.k), device=device))
         return q_NHd, k_LGd[:, list(spec.group)]
 
+    def _keep(self, on: bool) -> None:
+        self._keeps = on
+        if on:
+            self._seen.clear()
+
+    def _tap(self, module: Any, layer: int) -> None:
+        """Let ``module`` find ``_keeping`` where it looks for the function that attends, once for each forward pass."""
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        ALL_ATTENTION_FUNCTIONS.register(_KEEPING, _keeping)
+        own = module.config
+        tapped = copy.deepcopy(own)
+        tapped._attn_implementation, tapped.distill_untapped, tapped.distill_keep = _KEEPING, own, self._keeper(layer)
+
+        def tap(module: Any, _arguments: Any) -> None:
+            if self._keeps:
+                module.config = tapped
+
+        module.register_forward_pre_hook(tap)
+
     def _keeper(self, layer: int) -> Any:
-        def keep(module: Any, arguments: tuple[Any, ...], options: dict[str, Any], _output: Any) -> None:
-            hidden_BSD = arguments[0] if arguments else options["hidden_states"]
-            cos, sin = options["position_embeddings"] if "position_embeddings" in options else arguments[1]
-            q_BSHd = module.q_proj(hidden_BSD).unflatten(-1, (-1, module.head_dim))
-            k_BSGd = module.k_proj(hidden_BSD).unflatten(-1, (-1, module.head_dim))
-            if getattr(module, "q_norm", None) is not None:
-                q_BSHd, k_BSGd = module.q_norm(q_BSHd), module.k_norm(k_BSGd)
-            turn = sys.modules[type(module).__module__].apply_rotary_pos_emb
-            q_BHSd, k_BGSd = turn(q_BSHd.transpose(1, 2), k_BSGd.transpose(1, 2), cos, sin)
-            repeats = q_BHSd.shape[1] // k_BGSd.shape[1]
+        def keep(
+            module: Any, q_BHSd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, *rest: Any, **options: Any
+        ) -> tuple[Tensor, Any]:
+            scale = options.get("scaling")
             self._seen[layer] = _Seen(
-                q_BSHd=q_BHSd.transpose(1, 2),
-                k_BSHd=k_BGSd.repeat_interleave(repeats, 1).transpose(1, 2),
-                scale=float(module.scaling),
-                soft_cap=getattr(module, "attn_logit_softcapping", None),
-                window=getattr(module, "sliding_window", None),
+                q_BHSd=q_BHSd,
+                k_BGSd=k_BGSd,
+                scale=q_BHSd.shape[-1] ** -0.5 if scale is None else float(scale),
+                soft_cap=options.get("softcap"),
+                window=options.get("sliding_window"),
             )
+            attend = _function_of(module)
+            if self._maps is None:
+                output, attended = attend(module, q_BHSd, k_BGSd, v_BGSd, *rest, **options)
+                return output, attended
+            wide = torch.promote_types(q_BHSd.dtype, torch.float32)  # what bf16 rounds off is no mistake
+            inputs = (q_BHSd.to(wide), k_BGSd.to(wide), v_BGSd.to(wide))
+            output, self._maps[layer] = attend(module, *inputs, *rest, **options)
+            return output.to(v_BGSd.dtype), None
 
         return keep
 
+    @torch.no_grad()
+    def _prove(self, decoder: nn.Module, config: Any) -> None:
+        """Raise UsageError unless the maps of a few tokens come out as the model's own, in every layer that is used."""
+        layers = sorted({pair.student for pair in self._pairs})
+        ids_S = torch.arange(_PROBE_TOKENS, device=next(decoder.parameters()).device) % int(config.vocab_size)
+        self._maps = {}
+        try:
+            window = getattr(config, "sliding_window", None)
+            with _probed(decoder):
+                decoder(input_ids=ids_S.unsqueeze(0), use_cache=False)
+            off = {layer: self._total_variation(layer, window) for layer in layers}
+        except _PROBE_ERRORS as error:
+            raise _refusal(decoder, layers, f"{type(error).__name__} when a few tokens were tried: {error}") from error
+        finally:
+            self._maps = None
+            self._seen.clear()
+        wrong = [layer for layer in layers if not off[layer] <= _PROBE_TV]
+        if wrong:
+            figures = " and ".join(f"{off[layer]:.2g}" for layer in wrong)
+            raise _refusal(decoder, wrong, f"on a few tokens they come out wrong by {figures} in total variation")
+
+    def _total_variation(self, layer: int, window: int | None) -> float:
+        """Of a probe's map that is rebuilt, the largest over heads and positions.
+
+        ``window`` is the configuration's, which the probe shortened.
+        """
+        assert self._maps is not None
+        seen, own_HSS = self._seen[layer], self._maps[layer][0]
+        q_LHd, k_LHd = seen.of(0, slice(None))
+        ours_HSS = log_map(
+            q_LHd,
+            k_LHd,
+            torch.arange(len(q_LHd), device=q_LHd.device),
+            scale=seen.scale,
+            soft_cap=seen.soft_cap,
+            window=_PROBE_WINDOW if seen.window is not None and seen.window == window else seen.window,
+        ).exp()
+        return float((ours_HSS - own_HSS).abs().sum(2).max() / 2)
+
+
+def _keeping(module: Any, *inputs: Any, **options: Any) -> tuple[Tensor, Any]:
+    """What transformers calls as the attention function of a tapped module."""
+    keep, module.config = module.config.distill_keep, module.config.distill_untapped
+    output, attended = keep(module, *inputs, **options)
+    return output, attended
+
+
+def _function_of(module: Any) -> Any:
+    """The function that attends for ``module``, as transformers finds it."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    eager = sys.modules[type(module).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS.get(module.config._attn_implementation, eager)
+
+
+@contextmanager
+def _probed(decoder: nn.Module) -> Iterator[None]:
+    """In evaluation mode, on attention that shows its maps, with windows so short that a few tokens meet their end."""
+    configs = {id(module.config): module.config for module in decoder.modules() if hasattr(module, "config")}
+    changed: list[tuple[Any, str, Any]] = []
+    was_training = decoder.training
+    try:
+        for config in configs.values():
+            for name in ("_attn_implementation", "sliding_window", "attention_chunk_size"):
+                if getattr(config, name, None) is not None:
+                    changed.append((config, name, getattr(config, name)))
+        for config, name, _ in changed:
+            setattr(config, name, "eager" if name == "_attn_implementation" else _PROBE_WINDOW)
+        decoder.eval()
+        yield
+    finally:
+        decoder.train(was_training)
+        for config, name, value in changed:
+            setattr(config, name, value)
+
+
+def _refusal(decoder: nn.Module, layers: Sequence[int], why: str) -> UsageError:
+    return UsageError(
+        f"the attention maps of layer {' and '.join(map(str, layers))} of {type(decoder).__name__} cannot be rebuilt "
+        f"from its queries and keys: {why}. The attention loss would train maps that the student does not have. Pair "
+        "other layers of the student in attention.layers, or leave weights.attention at 0."
+    )
+
 
 def _check_module(module: Any, decoder: nn.Module) -> None:
-    has = all(hasattr(module, name) for name in ("q_proj", "k_proj", "head_dim", "scaling"))
-    if not has or not hasattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb"):
+    if not hasattr(module, "config") or not hasattr(sys.modules[type(module).__module__], "eager_attention_forward"):
         raise UsageError(
-            f"the attention of {type(decoder).__name__} is none whose maps distill can rebuild (it looks for q_proj, "
-            "k_proj and a rotary embedding). Set weights.attention to 0, or use another student."
+            f"the attention of {type(decoder).__name__} is none whose maps distill can rebuild (it looks for a "
+            "self_attn that attends by a function of transformers). Set weights.attention to 0, or use another student."
         )
 
 

@@ -20,6 +20,8 @@ from distill.student.losses.contrastive import Candidates
 from distill.student.losses.divergence import Divergence
 from distill.student.losses.feature import FeatureAdapter, InnerStates
 from distill.student.losses.fused import HeadTargets, fused_head_losses
+from distill.student.losses.kl import TeacherTargets
+from distill.student.losses.sampled import SampledTargets
 from distill.student.losses.tail import TailModel
 from distill.student.model import Student, causal_of
 from distill.student.precision import Precision
@@ -180,7 +182,9 @@ class Objective:
             named["feature"] = feature.detach()
         if weights.attention > 0 and self._attention is not None:
             attention = self._attention(batch.heads)
-            weighted = weighted + weights.attention * attention
+            # Weights that are spread over ranks are gathered for a layer's backward pass when a gradient reaches what
+            # the layer puts out, and that of queries and keys does not: an empty sum sends one of 0 through them all.
+            weighted = weighted + weights.attention * attention + hidden_ND[:0].sum()
             named["attention"] = attention.detach()
         if weights.contrastive > 0 and self.adapter is not None and candidates is not None:
             temperature = self._stage.contrastive_temperature
@@ -193,9 +197,14 @@ class Objective:
     def _head_targets(self, batch: DistillBatch) -> HeadTargets:
         stage, view = self._stage, self._view
         low_rank = stage.tail == "low_rank"
-        teacher = batch.teacher(stage.temperature, view.temperatures.index(stage.temperature))
+        teacher: TeacherTargets | SampledTargets
+        if stage.tail == "sampled":
+            assert batch.sampled is not None, "the stage's plan refuses a cache without draws"
+            teacher = batch.sampled
+        else:
+            teacher = batch.teacher(stage.temperature, view.temperatures.index(stage.temperature))
         return HeadTargets(
-            teacher=batch.sampled if stage.tail == "sampled" and batch.sampled is not None else teacher,
+            teacher=teacher,
             labels=batch.labels,
             coords=batch.coords if low_rank else None,
             tail=view.tail if low_rank else None,

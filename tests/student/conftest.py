@@ -6,7 +6,7 @@ import os
 import resource
 import signal
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +173,11 @@ def _prompt(domain: str, row: int, ids_S: torch.Tensor) -> Prompt:
     )
 
 
+def _cut_short(prompt: Prompt, num_tokens: int) -> Prompt:
+    """The last tokens of the answer do not train."""
+    return replace(prompt, loss_mask=prompt.loss_mask & (np.arange(LENGTH - 1) < LENGTH - 1 - num_tokens))
+
+
 def build_cache(
     root: Path,
     teacher: Any,
@@ -180,10 +185,11 @@ def build_cache(
     hidden_bytes: int = 24,
     temperatures: tuple[float, ...] = (4.0, 2.0, 1.0),
     files: Mapping[str, bytes] | None = None,
+    uneven: bool = False,
 ) -> Path:
     """A sealed cache of the domains general and medical. The first eight tokens of a row are its prompt.
 
-    ``files`` are put beside its own.
+    ``files`` are put beside its own. With ``uneven`` rows differ in how many of their tokens train.
     """
     plan = _plan(hidden_bytes=hidden_bytes, temperatures=temperatures)
     writer = CacheWriter.open(root, plan)
@@ -202,7 +208,7 @@ def build_cache(
     for unit in plan.units:
         rows = [
             SequenceTargets(
-                prompt=_prompt(unit.domain, row, ids[unit.domain][row]),
+                prompt=_cut_short(_prompt(unit.domain, row, ids[unit.domain][row]), 3 * row % 13 if uneven else 0),
                 targets=targets_of(
                     logits[unit.domain][row, :-1],
                     states[unit.domain][row, :-1].double().numpy(),
@@ -233,6 +239,15 @@ def bare_cache(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     teacher = AutoModelForCausalLM.from_pretrained(world.teacher, dtype=torch.float32)
     return build_cache(tmp_path_factory.mktemp("bare") / "cache", teacher, hidden_bytes=0, temperatures=(2.0,))
+
+
+@pytest.fixture(scope="session")
+def uneven_cache(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same rows, of which 4 to 16 tokens train."""
+    from transformers import AutoModelForCausalLM
+
+    teacher = AutoModelForCausalLM.from_pretrained(world.teacher, dtype=torch.float32)
+    return build_cache(tmp_path_factory.mktemp("uneven") / "cache", teacher, uneven=True)
 
 
 @pytest.fixture
@@ -300,7 +315,8 @@ def captured_cache(world: World, root: Path, *, num_rows: int, calibration_token
     from distill.teacher.job import cache_teacher
 
     random = np.random.default_rng(0)
-    lines = [json.dumps({"text": " ".join(f"w{n}" for n in random.integers(0, 290, 20))}) for _ in range(num_rows)]
+    rows = [random.integers(0, 290, random.integers(16, 25)) for _ in range(num_rows)]
+    lines = [json.dumps({"text": " ".join(f"w{number}" for number in row)}) for row in rows]
     (root / "general.jsonl").write_text("\n".join(lines))
     config = CacheConfig(
         teacher=str(world.teacher),
@@ -320,6 +336,7 @@ def captured_cache(world: World, root: Path, *, num_rows: int, calibration_token
 
 @pytest.fixture(scope="session")
 def inner_cache(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With states of both the teacher's layers."""
+    """With states of both the teacher's layers, and queries and keys of some of their heads."""
     root = tmp_path_factory.mktemp("inner-states")
-    return captured_cache(world, root, num_rows=32, calibration_tokens=300, layers=(0, 1), layer_bytes=12)
+    kept = {"layers": (0, 1), "layer_bytes": 12, "heads": {0: (0, 3), 1: (1,)}}
+    return captured_cache(world, root, num_rows=32, calibration_tokens=300, **kept)

@@ -17,7 +17,7 @@ from distill.student.objective import Objective, TeacherView, attention_loss_of
 from distill.student.precision import resolve_precision
 from distill.student.stage import plan_stage
 from distill.student.trainer import train_stage
-from tests.student.conftest import captured_cache, logged
+from tests.student.conftest import VOCAB, captured_cache, logged
 
 NUM_SAMPLES, HEADS = 6, {1: (0, 3)}
 
@@ -120,6 +120,52 @@ def test_a_stage_trains_on_draws_and_attention(cache, configured):
     measured = [line["overall"]["attention"] for line in logged(run, "eval")]
     assert measured[-1] < measured[0]
     assert result.evaluation.overall.attention == measured[-1]
+
+
+def test_a_step_on_draws_has_the_loss_that_they_estimate(world, cache, sequences, configured):
+    """On all rows, by the plain formula of its definition, and not that of the top-k, which the cache holds as well."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(world.student, dtype=torch.float32)
+    expected, tokens = 0.0, 0
+    for row in sequences:
+        with torch.no_grad():
+            logits_SV = model(torch.tensor(row.prompt.input_ids[None]).long()).logits[0, :-1, :VOCAB]
+        log_q_SV = logits_SV.double().log_softmax(-1).numpy()
+        ids, counts, targets = row.targets.sampled_ids, row.targets.sampled_counts, row.targets
+        position = (np.cumsum(counts) - 1) // NUM_SAMPLES
+        trained = np.flatnonzero(row.prompt.loss_mask)
+        drawn = np.isin(position, trained)
+        expected -= (counts[drawn] * log_q_SV[position[drawn], ids[drawn]]).sum() / NUM_SAMPLES
+        expected -= targets.entropy[trained].astype(np.float64).sum()
+        tokens += len(trained)
+    losses = {}
+    for tail in ("sampled", "bucket"):
+        stage = {"tail": tail, "temperature": 1.0, "weights": {"kl": 1}, "max_steps": 1, "batch_size": len(sequences)}
+        config = configured(cache=str(cache), stage=stage, out=str(Path(configured().out) / tail))
+        train_stage(config, 1, quiet=True)
+        [line] = logged(Path(config.out), "train")
+        assert line["tokens"] == tokens
+        losses[tail] = line["losses"]["kl"]
+    assert losses["sampled"] == pytest.approx(expected / tokens, rel=1e-5)
+    assert losses["bucket"] != pytest.approx(losses["sampled"], rel=1e-2)
+
+
+def test_without_draws_nothing_takes_their_place(world, cache, sequences, configured):
+    reader, precision = CacheReader.open(cache), resolve_precision("cpu", "fp32")
+    student = load_student(
+        configured(), Origin(base=str(world.student)), precision=precision, vocab_size=VOCAB, training=False
+    )
+    objective = Objective(
+        student,
+        TeacherView.of(reader, precision),
+        stage_of(tail="sampled", weights={"kl": 1}),
+        adapter=None,
+        head_chunk=16,
+    )
+    bare = [dataclasses.replace(example_of(row, 20), sampled=None) for row in sequences[:2]]
+    with pytest.raises(AssertionError, match="a cache without draws"):
+        objective(collate(bare, None))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from distill.config import LoraConfig, TrainConfig
 from distill.errors import IdentityError, UsageError
 from distill.student.export import export_student
-from distill.student.model import Origin, load_causal, load_student
+from distill.student.model import Origin, causal_of, load_causal, load_student
 from distill.student.precision import resolve_precision
 from distill.student.shrink import evenly_spaced, keep_layers, shrunken_student
 from distill.student.trainer import train_stage
@@ -107,6 +107,19 @@ def test_lora_trains_float32_adapters_on_a_frozen_base(world, precision):
     compute = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     assert student.head().weight.dtype == compute
     assert not student.head().weight.requires_grad
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("tune", ["full", "lora"])
+def test_gradient_checkpointing_runs_each_layer_once_more_in_the_backward_pass(world, tune, recomputed):
+    decoder = causal_of(load(world, tune=tune, gradient_checkpointing=recomputed).model).base_model
+    runs = []
+    for number, layer in enumerate(decoder.layers):
+        layer.register_forward_pre_hook(lambda *_, number=number: runs.append(number))
+    states_BSD = decoder(input_ids=torch.arange(8).view(1, 8), use_cache=False).last_hidden_state
+    assert runs == [0, 1, 2, 3]
+    states_BSD.sum().backward()
+    assert runs[4:] == ([3, 2, 1, 0] if recomputed else [])
 
 
 @pytest.mark.parametrize(

@@ -127,3 +127,18 @@ def collate_rows(batch, row_length):
 def test_packing_needs_fewer_micro_batches(examples):
     assert len(micro_batches(examples, 48)) == 3
     assert len(micro_batches(examples, 48, row_length=24)) == 2
+
+
+def lengths_of(batches):
+    return [[len(example.input_ids) for example in batch] for batch in batches]
+
+
+@pytest.mark.parametrize("by_domain", [False, True])
+def test_sequences_of_like_length_share_a_micro_batch(examples, by_domain):
+    """In the order they come the six would be two batches of 72 and 69 padded tokens instead of 72 and 33."""
+    longest = examples[0]
+    assert len(longest.input_ids) == 24
+    mixed = [dataclasses.replace(longest, input_ids=longest.input_ids[:length]) for length in (24, 9, 22, 10, 23, 11)]
+    assert lengths_of(micro_batches(mixed, 72, by_domain=by_domain)) == [[24, 23, 22], [11, 10, 9]]
+    dealt = [rank_batches(mixed, 72, Ranks(rank=rank, world=2), in_step=False, by_domain=by_domain) for rank in (0, 1)]
+    assert [lengths_of(batch for batch, _ in own) for own in dealt] == [[[24, 22, 10]], [[23, 11, 9]]]

@@ -35,6 +35,8 @@ STAGE = {
     "max_steps": 9,
     "learning_rate": 1e-3,
 }
+EVERY_LOSS = {"kl": 0.5, "ce": 0.2, "feature": 0.5, "attention": 0.5, "contrastive": 0.1}
+ATTENTION_ALONE = {"kl": 0, "ce": 0, "attention": 0.5}  # no gradient enters where a layer's forward pass ends
 LORA = {"tune": "lora", "lora": {"r": 4, "dropout": 0.0, "target_modules": ["q_proj", "up_proj", "down_proj"]}}
 SHOWN = {"samples": 1, "sample_tokens": 8}
 WAYS = [("ddp", "full", True), ("ddp", "lora", False), ("fsdp", "full", False), ("fsdp", "lora", True)]
@@ -118,8 +120,10 @@ def alone(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("parallel", "tune", "recomputed"), WAYS)
-def test_two_ranks_train_as_one_process_does(configured, tmp_path, alone, parallel, tune, recomputed):
-    config = configured(stage=STAGE, parallel=parallel, **SHOWN, **(LORA if tune == "lora" else {}))
+def test_two_ranks_train_as_one_process_does(configured, uneven_cache, tmp_path, alone, parallel, tune, recomputed):
+    """On rows with more and fewer trained tokens, so that a mean of means over ranks is not one over tokens."""
+    lora = LORA if tune == "lora" else {}
+    config = configured(cache=str(uneven_cache), stage=STAGE, parallel=parallel, **SHOWN, **lora)
     whole = alone(config, tune)
     config = config.model_copy(update={"gradient_checkpointing": recomputed})
     assert forked(2, lambda _: train_stage(config, 1, quiet=True)) == [0, 0]
@@ -130,23 +134,30 @@ def test_two_ranks_train_as_one_process_does(configured, tmp_path, alone, parall
             assert_equal(ours, theirs)
 
 
-@pytest.mark.parametrize(("parallel", "recomputed"), [("ddp", False), ("fsdp", True)])
-def test_inner_layers_are_learned_from_on_two_ranks_as_on_one(configured, tmp_path, inner_cache, parallel, recomputed):
-    stage = {
-        "weights": {"kl": 0.5, "feature": 0.5},
-        "max_steps": 3,
-        "eval_every": 3,
-        "balance": True,
-        "learning_rate": 1e-3,
-    }
+@pytest.mark.parametrize(
+    ("weights", "balance", "parallel", "recomputed"),
+    [
+        (EVERY_LOSS, "loss", "ddp", True),
+        (EVERY_LOSS, "loss", "fsdp", False),
+        (EVERY_LOSS, "loss", "fsdp", True),
+        (ATTENTION_ALONE, False, "fsdp", False),
+    ],
+)
+def test_every_loss_is_learned_from_on_two_ranks_as_on_one(
+    configured, tmp_path, inner_cache, weights, balance, parallel, recomputed
+):
+    stage = {"weights": weights, "balance": balance, "max_steps": 3, "eval_every": 3, "learning_rate": 1e-3}
     config = configured(cache=str(inner_cache), stage=stage, gradient_checkpointing=recomputed, parallel=parallel)
     train_stage(config.model_copy(update={"out": str(tmp_path / "alone")}), 1, quiet=True)
     assert forked(2, lambda _: train_stage(config, 1, quiet=True)) == [0, 0]
+    lines = logged(tmp_path / "run", "train")
+    assert set(lines[0]["losses"]) == {"total", *(name for name, weight in weights.items() if weight)}
     for kind in ("train", "eval"):
         for ours, theirs in zip(logged(tmp_path / "run", kind), logged(tmp_path / "alone", kind), strict=True):
             assert_equal(ours, theirs, rel=1e-5)  # Adam's first steps magnify rounding
-    maps = [load_file(tmp_path / run / "stage1/last/feature.safetensors") for run in ("run", "alone")]
-    torch.testing.assert_close(*maps, rtol=1e-4, atol=1e-6)
+    if "feature" in weights:
+        maps = [load_file(tmp_path / run / "stage1/last/feature.safetensors") for run in ("run", "alone")]
+        torch.testing.assert_close(*maps, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(("parallel", "precision"), [("ddp", "fp32"), ("ddp", "fp16"), ("fsdp", "fp32")])
@@ -201,9 +212,10 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(configured, tmp_path
 
 
 @pytest.mark.parametrize(("parallel", "tune"), [("ddp", "lora"), ("fsdp", "full")])
-def test_a_killed_run_goes_on_with_another_number_of_ranks(configured, tmp_path, alone, parallel, tune):
+def test_a_killed_run_goes_on_with_another_number_of_ranks(configured, uneven_cache, tmp_path, alone, parallel, tune):
     """Two ranks, one process, two ranks again; each killed before it could save what it did last."""
-    config = configured(stage=STAGE, parallel=parallel, **SHOWN, **(LORA if tune == "lora" else {}))
+    lora = LORA if tune == "lora" else {}
+    config = configured(cache=str(uneven_cache), stage=STAGE, parallel=parallel, **SHOWN, **lora)
     whole = alone(config, tune)
     assert forked(2, struck_at(config, 4, victim=1)) == [75, -signal.SIGKILL]
     assert checkpoint.read_state(tmp_path / "run" / "stage1" / "last").step == 3
