@@ -11,6 +11,7 @@ TailShape = Literal["low_rank", "bucket"]
 Tail = TailShape | Literal["sampled"]
 Schedule = Literal["constant", "linear", "cosine", "step"]
 DivergenceName = Literal["forward", "reverse", "js", "skew"]
+Negatives = Literal["all", "domain"]
 
 
 def _balanced_by(value: Any) -> Any:
@@ -115,6 +116,9 @@ class StageConfig(ConfigModel):
         None, gt=0, lt=1, description="the teacher's part in the mixture of js (default 0.5) and skew (default 0.1)"
     )
     contrastive_temperature: float = Field(0.1, gt=0, description="τ of the contrastive loss")
+    contrastive_negatives: Negatives = Field(
+        "all", description="sequences that one is told apart from: of all domains, or of its own domain only"
+    )
     feature: FeatureConfig = FeatureConfig()
     attention: AttentionConfig = AttentionConfig()
     learning_rate: float = Field(gt=0)

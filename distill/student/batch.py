@@ -141,6 +141,7 @@ class DistillBatch:
     heads: tuple[SequenceHeads, ...]  # of each sequence; they stay where they are until the attention loss needs them
     sequence: Tensor  # [N] int64, the sequence of each trained token
     keys: Tensor  # [B] int64, equal for sequences with the same tokens and trained positions
+    domains: Tensor  # [B] int64, equal for sequences of the same domain
 
     @property
     def num_trained(self) -> int:
@@ -225,13 +226,13 @@ def collate(
             for example, (row, start) in zip(examples, places, strict=True)
         ),
         sequence=torch.from_numpy(np.repeat(np.arange(len(examples)), [example.num_trained for example in examples])),
-        keys=torch.tensor([_key(example) for example in examples]),
+        keys=torch.tensor([_key(example.input_ids.tobytes(), example.positions.tobytes()) for example in examples]),
+        domains=torch.tensor([_key(example.domain.encode()) for example in examples]),
     )
 
 
-def _key(example: Example) -> int:
-    digest = hashlib.blake2b(example.input_ids.tobytes(), digest_size=8)
-    digest.update(example.positions.tobytes())
+def _key(*parts: bytes) -> int:
+    digest = hashlib.blake2b(b"".join(parts), digest_size=8)
     return int.from_bytes(digest.digest(), "little", signed=True)
 
 

@@ -11,19 +11,26 @@ import torch
 from torch import Tensor
 
 from distill.cache.projection import Projection
+from distill.stage_config import Negatives
 from distill.student.batch import DistillBatch, Example, collate
-from distill.student.losses.contrastive import Candidates, contrastive_loss, sequence_means
+from distill.student.losses.contrastive import Candidates, Own, contrastive_loss, sequence_means
 from distill.student.losses.feature import FeatureAdapter
 
 
-def candidates_of(examples: Sequence[Example], projection: Projection, device: torch.device) -> Candidates:
-    """The teacher's vectors of the examples that have a trained token, one of which there must be."""
+def candidates_of(
+    examples: Sequence[Example], projection: Projection, device: torch.device, *, negatives: Negatives
+) -> Candidates:
+    """The teacher's vectors of the examples that have a trained token, one of which there must be.
+
+    ``negatives`` says whether a sequence is told apart from those of all domains or of its own only.
+    """
     batch = collate([example for example in examples if example.num_trained], projection)
     coords_NR = batch.coords
     assert coords_NR is not None, "there is a projection"
     root_R = torch.from_numpy(projection.variance_R / projection.variance_R.sum()).float().sqrt()
     vectors_MR = sequence_means(coords_NR, batch.sequence, len(batch.keys)) * root_R
-    return Candidates(vectors=vectors_MR.to(device), keys=batch.keys.to(device))
+    domains_M = batch.domains.to(device) if negatives == "domain" else None
+    return Candidates(vectors=vectors_MR.to(device), keys=batch.keys.to(device), domains=domains_M)
 
 
 def contrastive_sum(
@@ -35,5 +42,6 @@ def contrastive_sum(
     root_R = adapter.get_buffer("weights_R").sqrt()
     student_BR = adapter.down(sequence_means(hidden_ND, batch.sequence, num)).float() * root_R
     teacher_BR = sequence_means(coords_NR, batch.sequence, num) * root_R
-    losses_B = contrastive_loss(student_BR, teacher_BR, batch.keys, candidates, temperature=temperature)
+    own = Own(vectors=teacher_BR, keys=batch.keys, domains=batch.domains)
+    losses_B = contrastive_loss(student_BR, own, candidates, temperature=temperature)
     return (losses_B * torch.bincount(batch.sequence, minlength=num)).sum()

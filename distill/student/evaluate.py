@@ -129,10 +129,13 @@ class Evaluator:
         return first
 
     def _candidates(self, examples: list[Example]) -> Candidates | None:
-        contrasts = self._stage is not None and self._stage.weights.contrastive > 0
-        if not contrasts or self._view.projection is None or not any(example.num_trained for example in examples):
+        stage, projection = self._stage, self._view.projection
+        if stage is None or stage.weights.contrastive == 0 or projection is None:
             return None
-        return candidates_of(examples, self._view.projection, self._student.precision.device)
+        if not any(example.num_trained for example in examples):
+            return None
+        device = self._student.precision.device
+        return candidates_of(examples, projection, device, negatives=stage.contrastive_negatives)
 
     def _of_batch(
         self,
@@ -238,8 +241,9 @@ def held_out_figures(
     )
     if evaluation is None:
         raise DataError(
-            f"{reader.where} has no held-out sequence with a trained token, so there is nothing to measure on. Make "
-            "the cache with --eval DOMAIN=PATH or an eval_fraction above 0."
+            f"{reader.where} has no held-out sequence with a trained token within max_length {config.max_length}, so "
+            "there is nothing to measure on. Raise max_length, or make the cache with --eval DOMAIN=PATH or an "
+            "eval_fraction above 0."
         )
     if group_by is not None and set(evaluation.groups) == {NO_GROUP}:
         raise UsageError(

@@ -185,7 +185,8 @@ class Learner:
     def _candidates(self, examples: list[Example]) -> Candidates | None:
         """What the step's sequences are told apart from, where there is a contrastive loss."""
         if self._plan.stage.weights.contrastive > 0 and self._projection is not None:
-            return candidates_of(examples, self._projection, self.student.precision.device)
+            device, negatives = self.student.precision.device, self._plan.stage.contrastive_negatives
+            return candidates_of(examples, self._projection, device, negatives=negatives)
         return None
 
     def _measured(self, examples: list[Example], candidates: Candidates | None, number: int) -> dict[str, float]:
@@ -209,8 +210,8 @@ class Learner:
         for factor in _MEASURING_SCALES if self._scaler.is_enabled() else (1.0,):
             self._seed(f"balance {number}")
             measured = {
-                name: self._norm_alone(weights, part, candidates, scale=scale * factor)
-                for name, weights, part in self._parts(examples, number, kinds)
+                name: self._norm_alone(weights, part, candidates, num_tokens=num_tokens, scale=scale * factor)
+                for name, weights, part, num_tokens in self._parts(examples, number, kinds)
             }
             if all(math.isfinite(norm) for norm in measured.values()):
                 break
@@ -218,25 +219,37 @@ class Learner:
 
     def _parts(
         self, examples: list[Example], number: int, kinds: str
-    ) -> list[tuple[str, WeightsConfig, list[Example]]]:
-        """What is measured alone: a name, weights and examples of each loss and of each domain."""
+    ) -> list[tuple[str, WeightsConfig, list[Example], float]]:
+        """What is measured alone, each loss and each domain: name, weights, examples and the tokens to divide by.
+
+        A domain's losses are divided by its share of the sequences times the step's tokens. So its norm times its share
+        is its part of the step's gradient, which longer sequences make larger.
+        """
         weights = weights_at(self._plan.stage, number / self._plan.num_steps)
-        parts = []
+        num_tokens = sum(example.num_trained for example in examples)
+        parts: list[tuple[str, WeightsConfig, list[Example], float]] = []
         if kinds in ("loss", "both"):
             nothing = dict.fromkeys(WeightsConfig.model_fields, 0.0)
             for name in (name for name, weight in weights.model_dump().items() if weight > 0):
-                parts.append((name, WeightsConfig.model_validate({**nothing, name: 1.0}), examples))
+                parts.append((name, WeightsConfig.model_validate({**nothing, name: 1.0}), examples, num_tokens))
         if kinds in ("domain", "both"):
             for domain in self._plan.domains:
-                own = [example for example in examples if example.domain == domain and example.num_trained]
-                parts += [(_domain_key(domain), weights, own)] if own else []
+                own = [example for example in examples if example.domain == domain]
+                if any(example.num_trained for example in own):
+                    parts.append((_domain_key(domain), weights, own, num_tokens * len(own) / len(examples)))
         return parts
 
     def _norm_alone(
-        self, weights: WeightsConfig, examples: list[Example], candidates: Candidates | None, *, scale: float
+        self,
+        weights: WeightsConfig,
+        examples: list[Example],
+        candidates: Candidates | None,
+        *,
+        num_tokens: float,
+        scale: float,
     ) -> float:
-        """The gradient norm of a loss's mean over the tokens of ``examples``, on the parameters that losses share."""
-        share = scale / sum(example.num_trained for example in examples)
+        """The norm of the gradient of a loss's sum over ``num_tokens``, on the parameters that losses share."""
+        share = scale / num_tokens
         self._objective.weights = weights
         for group, counts in self._micro_batches(examples):
             batch = collate(group, self._projection, row_length=self._row_length).to(self.student.precision.device)

@@ -1,12 +1,18 @@
 """Protects gradient balancing: measured norms are the true ones, weights follow the equation, a resume is exact."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from distill.errors import RetryError
 from distill.student import checkpoint
 from distill.student.balance import balanced, smoothed
 from distill.student.trainer import train_stage
-from tests.student.conftest import logged, stop_at
+from tests.student import conftest
+from tests.student.conftest import LENGTH, logged, stop_at
 
 WEIGHTS = {"kl": 0.7, "ce": 0.3, "feature": 0.2, "contrastive": 0.1}
 BALANCED = {"balance": True, "balance_every": 3, "temperature": 2.0, "weights": WEIGHTS}
@@ -73,6 +79,32 @@ def test_each_domain_gets_its_share_of_the_gradient(configured, tmp_path):
     alone = {"temperature": 2.0, "max_steps": 1, "batch_size": 6, "shares": {"medical": 1}}
     train_stage(configured(stage=alone, out=str(tmp_path / "alone"), **LORA), 1, quiet=True)
     assert norms["domain/medical"] == pytest.approx(logged(tmp_path / "alone", "train")[0]["grad_norm"], rel=1e-3)
+
+
+def test_long_answers_do_not_outweigh_short_ones(configured, world, tmp_path, monkeypatch):
+    """Domains with equal shares and unequal numbers of tokens get equal parts of the step's gradient."""
+    tokens = {"general": 2, "medical": 16}
+    make = conftest._prompt
+
+    def prompt(domain, row, ids_S):
+        return replace(make(domain, row, ids_S), loss_mask=np.arange(LENGTH - 1) >= LENGTH - 1 - tokens[domain])
+
+    monkeypatch.setattr(conftest, "_prompt", prompt)
+    teacher = AutoModelForCausalLM.from_pretrained(world.teacher, dtype=torch.float32)
+    cache = str(conftest.build_cache(tmp_path / "uneven", teacher))
+    stage = {"temperature": 2.0, "max_steps": 1}
+    means = {}
+    for domain in tokens:
+        alone = {**stage, "batch_size": 6, "shares": {domain: 1}}
+        train_stage(configured(stage=alone, cache=cache, out=str(tmp_path / domain), **LORA), 1, quiet=True)
+        means[domain] = logged(tmp_path / domain, "train")[0]["grad_norm"]
+    both = {**stage, "batch_size": 12, "shares": {"general": 1, "medical": 1}, "balance": "domain"}
+    train_stage(configured(stage=both, cache=cache, **LORA), 1, quiet=True)
+    factors = logged(tmp_path / "run", "train")[0]["domain_weights"]
+    parts = {domain: means[domain] * num / 18 for domain, num in tokens.items()}  # of the gradient as it was
+    assert parts["medical"] > 2 * parts["general"]
+    assert factors["general"] * parts["general"] == pytest.approx(factors["medical"] * parts["medical"], rel=1e-3)
+    assert sum(factors[domain] * part for domain, part in parts.items()) == pytest.approx(sum(parts.values()), rel=1e-3)
 
 
 @pytest.mark.parametrize("tune", [LORA, {"tune": "full"}, {**LORA, "precision": "fp16"}], ids=["lora", "full", "fp16"])

@@ -3,38 +3,46 @@
 import pytest
 import torch
 
-from distill.student.losses.contrastive import Candidates, contrastive_loss, sequence_means
+from distill.student.losses.contrastive import Candidates, Own, contrastive_loss, sequence_means
 
 
 def vectors(num, *, seed, rank=12):
     return torch.randn(num, rank, generator=torch.Generator().manual_seed(seed))
 
 
-def dense(student_BR, teacher_MR, keys, rows, temperature):
+def own(teacher_BR, keys_B, domains_B=None):
+    domains_B = torch.zeros_like(keys_B) if domains_B is None else domains_B
+    return Own(vectors=teacher_BR, keys=keys_B, domains=domains_B)
+
+
+def dense(student_BR, teacher_MR, keys, domains, rows, temperature):
     """By the book, one sequence after the other, in float64."""
     losses = []
     for row in rows:
-        own = torch.cosine_similarity(student_BR[row], teacher_MR[row], dim=0) / temperature
+        same = torch.cosine_similarity(student_BR[row], teacher_MR[row], dim=0) / temperature
         others = [
             torch.cosine_similarity(student_BR[row], teacher_MR[other], dim=0) / temperature
             for other in range(len(keys))
-            if keys[other] != keys[row]
+            if keys[other] != keys[row] and domains[other] == domains[row]
         ]
-        losses.append(-(own.exp() / (own.exp() + sum(other.exp() for other in others))).log())
+        losses.append(-(same.exp() / (same.exp() + sum(other.exp() for other in others))).log())
     return torch.stack(losses)
 
 
+@pytest.mark.parametrize("domains", [None, [0, 1, 1, 1, 0]])
 @pytest.mark.parametrize("temperature", [0.1, 1.0])
-def test_value_and_gradient_equal_the_reference_with_duplicates_masked(temperature):
+def test_value_and_gradient_equal_the_reference_with_duplicates_masked(temperature, domains):
     keys = torch.tensor([1, 2, 3, 2, 4])
     teacher_MR = vectors(5, seed=1)
     teacher_MR[3] = teacher_MR[1]
     exact = vectors(5, seed=2).double().requires_grad_()
     student = exact.detach().float().requires_grad_()
-    candidates = Candidates(vectors=teacher_MR, keys=keys)
+    among_M = None if domains is None else torch.tensor(domains)
+    candidates = Candidates(vectors=teacher_MR, keys=keys, domains=among_M)
     rows = [0, 1, 3]  # a micro-batch of the step
-    got_B = contrastive_loss(student[rows], teacher_MR[rows], keys[rows], candidates, temperature=temperature)
-    want_B = dense(exact, teacher_MR.double(), keys.tolist(), rows, temperature)
+    ours = own(teacher_MR[rows], keys[rows], None if among_M is None else among_M[rows])
+    got_B = contrastive_loss(student[rows], ours, candidates, temperature=temperature)
+    want_B = dense(exact, teacher_MR.double(), keys.tolist(), domains or [0] * 5, rows, temperature)
     torch.testing.assert_close(got_B.double(), want_B, rtol=1e-4, atol=1e-5)
     got_B.sum().backward()
     want_B.sum().backward()
@@ -46,7 +54,7 @@ def test_a_batch_of_one_and_a_batch_of_duplicates_give_zero():
         teacher_MR, keys = vectors(1, seed=1).expand(num, -1), torch.full((num,), 7)
         student = vectors(num, seed=2).requires_grad_()
         candidates = Candidates(vectors=teacher_MR, keys=keys)
-        losses_B = contrastive_loss(student, teacher_MR, keys, candidates, temperature=0.1)
+        losses_B = contrastive_loss(student, own(teacher_MR, keys), candidates, temperature=0.1)
         losses_B.sum().backward()
         assert (losses_B == 0).all()
         assert (student.grad == 0).all()
@@ -57,7 +65,7 @@ def test_finite_for_vectors_of_any_length(scale):
     teacher_MR, keys = scale * vectors(3, seed=1), torch.arange(3)
     student = (scale * vectors(3, seed=2)).requires_grad_()
     candidates = Candidates(vectors=teacher_MR, keys=keys)
-    losses_B = contrastive_loss(student, teacher_MR, keys, candidates, temperature=0.05)
+    losses_B = contrastive_loss(student, own(teacher_MR, keys), candidates, temperature=0.05)
     losses_B.sum().backward()
     assert torch.isfinite(losses_B).all()
     assert torch.isfinite(student.grad).all()
@@ -79,11 +87,11 @@ def test_alone_it_goes_down_to_what_the_teachers_own_vectors_reach():
     values = []
     for _ in range(1500):
         optimizer.zero_grad()
-        loss = contrastive_loss(student, teacher_MR, keys, candidates, temperature=0.1).mean()
+        loss = contrastive_loss(student, own(teacher_MR, keys), candidates, temperature=0.1).mean()
         loss.backward()
         optimizer.step()
         values.append(loss.item())
-    reached = contrastive_loss(teacher_MR, teacher_MR, keys, candidates, temperature=0.1).mean().item()
+    reached = contrastive_loss(teacher_MR, own(teacher_MR, keys), candidates, temperature=0.1).mean().item()
     assert values[0] > 1.0
     assert values[-1] < reached + 1e-3
 
@@ -91,6 +99,8 @@ def test_alone_it_goes_down_to_what_the_teachers_own_vectors_reach():
 def test_cosines_keep_float32_under_autocast():
     teacher_MR, student_MR, keys = vectors(6, seed=3), vectors(6, seed=4), torch.arange(6)
     candidates = Candidates(vectors=teacher_MR, keys=keys)
-    exact_B = contrastive_loss(student_MR, teacher_MR, keys, candidates, temperature=0.1)
+    exact_B = contrastive_loss(student_MR, own(teacher_MR, keys), candidates, temperature=0.1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        torch.testing.assert_close(contrastive_loss(student_MR, teacher_MR, keys, candidates, temperature=0.1), exact_B)
+        torch.testing.assert_close(
+            contrastive_loss(student_MR, own(teacher_MR, keys), candidates, temperature=0.1), exact_B
+        )
