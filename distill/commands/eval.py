@@ -5,7 +5,16 @@ from typing import Annotated, Any
 
 import typer
 
-from distill.commands.options import Config, Json, Set, checkpoint, configuration, one_or_many, print_json
+from distill.commands.options import (
+    Config,
+    Json,
+    Set,
+    checkpoint,
+    merged,
+    one_or_many,
+    origin_of_settings,
+    print_json,
+)
 from distill.errors import UsageError
 
 
@@ -31,20 +40,22 @@ def command(
     Example: distill eval --cache cache --student run/stage3 --choices medqa.jsonl. The teacher is not needed. With
     --choices or --lm-eval the cache may be left away; held-out rows are then not measured.
     """
-    from distill.config import TrainConfig
-
-    if (lm_eval_tasks or limit) and not lm_eval:
+    tasks = [task.strip() for task in (lm_eval or "").split(",") if task.strip()]
+    if lm_eval is not None and not tasks:
+        raise UsageError(f"--lm-eval '{lm_eval}' names no task. Name some with --lm-eval TASK,….")
+    if (lm_eval_tasks or limit) and not tasks:
         raise UsageError("--lm-eval-tasks and --limit say how --lm-eval works. Name tasks with --lm-eval TASK,….")
-    with_cache = cache is not None or not (choices or lm_eval)
-    values = {
-        "cache": one_or_many(cache) if with_cache else ".",
-        "student": None if student is None else checkpoint(student),
-        "out": ".",  # a configuration of training has one; nothing is written
+    options = {
+        "cache": one_or_many(cache),
+        "student": student,
         "precision": precision,
         "allow_incomplete": allow_incomplete,
     }
-    resolved = configuration(TrainConfig, "train", config, values, settings)
-    tasks = [task.strip() for task in (lm_eval or "").split(",") if task.strip()]
+    resolved, with_cache = _resolved(config, options, settings, needs_cache=not (choices or tasks))
+    if (group_by or allow_incomplete) and not with_cache:
+        raise UsageError(
+            "--group-by and --allow-incomplete say how the held-out rows of a cache are measured. Name it with --cache."
+        )
     result = _measured(
         resolved,
         choices=choices or [],
@@ -57,6 +68,22 @@ def command(
         print_json({"student": resolved.student, **about, **result})
     else:
         _render(resolved.student, result, group_by)
+
+
+def _resolved(
+    path: Path | None, options: dict[str, Any], settings: list[str] | None, *, needs_cache: bool
+) -> tuple[Any, bool]:
+    """The configuration, and whether the file or an option names a cache, or one is needed."""
+    from distill.config import TrainConfig, validated
+
+    values = merged("train", path, options, settings)
+    if values.get("cache") is None:
+        values.pop("cache", None)  # null leaves away the cache of a file
+    with_cache = "cache" in values or needs_cache
+    # What a configuration of training must have, and nothing here reads or writes.
+    values |= {"out": "."} if with_cache else {"out": ".", "cache": "."}
+    resolved = validated(TrainConfig, values, origin=origin_of_settings(path, options, settings))
+    return resolved.model_copy(update={"student": checkpoint(resolved.student)}), with_cache
 
 
 def _measured(

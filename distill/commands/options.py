@@ -19,6 +19,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
 CachePath = Annotated[Path, typer.Argument(metavar="CACHE", help="Folder of the cache.")]
 
+_MODEL_FILES = ("config.json", "adapter_config.json", "state.json")  # of a model, an adapter, a checkpoint
+
 
 class Plain(TyperCommand):
     """A command whose help tells options that take a value from switches, and leaves types to the words."""
@@ -38,13 +40,30 @@ def configuration(
     settings: list[str] | None,
 ) -> Any:
     """The file's section, overridden by options, overridden by --set, validated."""
-    from distill.config import read_section, validated
+    from distill.config import validated
+
+    return validated(
+        model, merged(section, path, options, settings), origin=origin_of_settings(path, options, settings)
+    )
+
+
+def merged(
+    section: Literal["cache", "train"], path: Path | None, options: dict[str, Any], settings: list[str] | None
+) -> dict[str, Any]:
+    """The file's section, overridden by options, overridden by --set, as plain data."""
+    from distill.config import read_section
 
     values = _merged(read_section(path, section), given(options))
     for item in settings or []:
         key, text = pair(item, "--set", "VALUE")
         values = _merged(values, _nested(key.split("."), _yaml_value(text)))
-    return validated(model, values, origin=str(path) if path else "the options")
+    return values
+
+
+def origin_of_settings(path: Path | None, options: dict[str, Any], settings: list[str] | None) -> str:
+    """Where a wrong key may stand: "job.yaml", "the options", or "job.yaml and the options"."""
+    said = ["the options"] if given(options) or settings or path is None else []
+    return " and ".join([*([] if path is None else [str(path)]), *said])
 
 
 def with_options_of(read: Callable[..., Any], **defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -114,9 +133,36 @@ def one_or_many(values: list[str] | None) -> str | list[str] | None:
 
 
 def checkpoint(name: str) -> str:
-    """A model as it was named; a stage's folder stands for its best checkpoint."""
-    best = Path(name) / "best"
-    return str(best) if best.is_dir() else name
+    """A model as it was named; a stage's folder stands for its best checkpoint.
+
+    Raises UsageError for a run, and for a stage that has no best checkpoint.
+    """
+    folder = Path(name)
+    if (folder / "best").is_dir():
+        return str(folder / "best")
+    if any((folder / file).is_file() for file in _MODEL_FILES):
+        return name
+    _refuse_unfinished(folder)
+    return name
+
+
+def _refuse_unfinished(folder: Path) -> None:
+    """Raise UsageError for a run, or for a stage without a best checkpoint; name the checkpoint that can be used."""
+    stages = [folder / f"stage{number}" for number in (3, 2, 1)]
+    if any(stage.is_dir() for stage in stages):
+        usable = [found for stage in stages if (found := _newest_of(stage)) is not None]
+        if not usable:
+            raise UsageError(f"{folder} is a run without a checkpoint. Train it first, or name another student.")
+        raise UsageError(f"{folder} is a run. Name one of its stages, such as {usable[0]}.")
+    last = _newest_of(folder)
+    if last is not None:
+        raise UsageError(f"the stage {folder} has no best checkpoint yet. Name {last}, or train it on first.")
+    if folder.is_dir() and folder.name in {stage.name for stage in stages}:
+        raise UsageError(f"the stage {folder} has no checkpoint yet. Train it first, or name another student.")
+
+
+def _newest_of(stage: Path) -> Path | None:
+    return next((stage / name for name in ("best", "last") if (stage / name).is_dir()), None)
 
 
 def print_json(value: dict[str, Any]) -> None:

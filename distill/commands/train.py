@@ -45,7 +45,7 @@ def command(
     """
     from distill.config import TrainConfig
     from distill.student.ranks import leave
-    from distill.student.trainer import train_stage
+    from distill.student.trainer import check_stages, train_stage
 
     values = {
         "cache": one_or_many(cache),
@@ -59,9 +59,11 @@ def command(
         "allow_incomplete": allow_incomplete,
     }
     resolved = configuration(TrainConfig, "train", config, values, settings)
+    resolved = resolved.model_copy(update={"student": checkpoint(resolved.student)})
     start = None if start is None else Path(checkpoint(str(start)))
-    results = []
-    for number in _stages(stage):
+    results, numbers = [], _stages(stage)
+    check_stages(resolved, numbers[1:])
+    for number in numbers:
         results.append(train_stage(resolved, number, start=start, quiet=quiet))
         start = None
     if not leave():

@@ -122,6 +122,24 @@ def publish(source: Path, target: Path, state: State, *, leave_out: str | None =
         _finish(aside, target, state.model_copy(update={"files": files}))
 
 
+def bring_up(folder: Path, source: Path, state: State) -> None:
+    """Bring ``last/`` and ``best/`` of a stage's ``folder`` up to its checkpoint ``source``; see ``publish``."""
+    last, best = folder / "last", folder / "best"
+    if not _stands_at(last, state.step):
+        publish(source, last, state)
+    is_best = state.best.step == state.step if state.best else state.finished
+    if is_best and not _stands_at(best, state.step):
+        publish(source, best, state, leave_out=OPTIMIZER)
+
+
+def _stands_at(folder: Path, step: int) -> bool:
+    """Whether ``folder`` is the checkpoint of a step, whole: bytes of a damaged one may also be those of its links."""
+    try:
+        return read_state(folder).step == step and read_checkpoint(folder).step == step
+    except CorruptionError:  # missing as well
+        return False
+
+
 def read_state(folder: Path) -> State:
     """What a checkpoint says of itself; its other files are not looked at. Raises CorruptionError as below."""
     path = folder / STATE

@@ -4,6 +4,8 @@ A choice is scored by the log-probability of its words as the assistant's answer
 as ``data.chat`` finds the words of a turn. ``B`` sequences, ``S`` padded length, ``N`` scored tokens.
 """
 
+import json
+import math
 import string
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -120,10 +122,19 @@ def _choices(fields: dict[str, Any]) -> tuple[str, ...]:
             raise RowError(f"its choice {gaps[0]} is missing")
     if not isinstance(listed, list) or len(listed) < 2:
         raise RowError("it has fewer than two choices")
-    choices = tuple(str(choice) for choice in listed)
+    choices = tuple(_words(choice) for choice in listed)
     if not all(choice.strip() for choice in choices):
         raise RowError("one of its choices is empty")
     return choices
+
+
+def _words(choice: Any) -> str:
+    """Text and finite numbers as they are written; how a null, true or false would be said, nobody wrote down."""
+    finite = not isinstance(choice, float) or math.isfinite(choice)
+    if isinstance(choice, bool) or not isinstance(choice, str | int | float) or not finite:
+        shown = json.dumps(choice, ensure_ascii=False, default=str)
+        raise RowError(f"one of its choices is {shown[:80]}, which is neither text nor a number")
+    return str(choice)
 
 
 def _answer(given: Any, num_choices: int) -> int:

@@ -40,7 +40,10 @@ class Figures:
         return all(value is None or math.isfinite(value) for value in found)
 
     def objective(self, stage: StageConfig) -> float:
-        """The stage's weighted loss, as ``objective.Objective`` has it but for each token."""
+        """The stage's weighted loss, as ``objective.Objective`` has it but for each token.
+
+        Its KL is measured with the best tail that the cache has, whatever ``stage.tail`` trains on.
+        """
         weights = stage.weights
         divergence = self.kl[stage.temperature] if self.divergence is None else self.divergence
         kl = weights.kl * stage.temperature**2 * divergence

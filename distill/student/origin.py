@@ -6,13 +6,16 @@ The base of an adapter is written down as "run:PATH" where it lies in the run's 
 import json
 import re
 from pathlib import Path
+from typing import Any
 
+from distill.config import LoraConfig
 from distill.errors import CorruptionError, DataError, UsageError
 from distill.student.checkpoint import MODEL, STATE, State, read_checkpoint
 from distill.student.model import Origin
 
 _IN_RUN = "run:"
 _ADAPTER_CONFIG = "adapter_config.json"
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError)
 
 
 def origin_of(source: str | Path) -> Origin:
@@ -47,13 +50,20 @@ def origin_of_checkpoint(folder: Path, state: State) -> Origin:
 def recorded_base(base: str, run: Path) -> str:
     """How a checkpoint of ``run`` writes down the base of its adapter."""
     path = Path(base)
-    if path.is_dir() and path.resolve().is_relative_to(run.resolve()):
+    if not path.is_dir():
+        return base
+    if path.resolve().is_relative_to(run.resolve()):
         return _IN_RUN + path.resolve().relative_to(run.resolve()).as_posix()
-    return base
+    return str(path.resolve())  # whatever the working directory of who reads it
 
 
 def _found(recorded: str, checkpoint: Path) -> str:
     if not recorded.startswith(_IN_RUN):
+        if Path(recorded).is_absolute() and not Path(recorded).is_dir():
+            raise DataError(
+                f"{checkpoint} is an adapter for the model in {recorded}, which is not there. Put it back, or "
+                "merge the two where it is with `distill export`."
+            )
         return recorded
     run = next(
         (parent.parent for parent in checkpoint.resolve().parents if re.fullmatch(r"stage\d", parent.name)), None
@@ -67,11 +77,34 @@ def _found(recorded: str, checkpoint: Path) -> str:
     return str(base)
 
 
-def _base_of_adapter(folder: Path) -> str:
-    path = folder / _ADAPTER_CONFIG
+def settings_of_adapter(folder: Path) -> LoraConfig:
+    """What the adapter in ``folder`` was made with. Raises CorruptionError where it does not say."""
     try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        made = _adapter_config(folder)
+        modules = made["target_modules"]
+        return LoraConfig(
+            r=made["r"],
+            alpha=made["lora_alpha"],
+            dropout=made["lora_dropout"],
+            target_modules=(modules,) if isinstance(modules, str) else tuple(sorted(modules)),
+        )
+    except _UNREADABLE as error:
         raise CorruptionError(
-            f"{path} does not name the base model of the adapter. Restore the file, or start from another checkpoint."
+            f"{folder / _ADAPTER_CONFIG} does not say what the adapter was made with. Restore the file, or start from "
+            "another checkpoint."
         ) from error
+
+
+def _base_of_adapter(folder: Path) -> str:
+    try:
+        return str(_adapter_config(folder)["base_model_name_or_path"])
+    except _UNREADABLE as error:
+        raise CorruptionError(
+            f"{folder / _ADAPTER_CONFIG} does not name the base model of the adapter. Restore the file, or start from "
+            "another checkpoint."
+        ) from error
+
+
+def _adapter_config(folder: Path) -> dict[str, Any]:
+    made: dict[str, Any] = json.loads((folder / _ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    return made

@@ -39,7 +39,7 @@ class Precision:
 def resolve_precision(device: str, precision: str) -> Precision:
     """``auto`` is the first GPU where there is one, and bf16 where it has it.
 
-    Raises UsageError for a device that is not there.
+    Raises UsageError for a device that is not there, or that holds no numbers (meta).
     """
     resolved = _device(device)
     if precision == "auto":
@@ -53,11 +53,11 @@ def _device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()  # read back, which meta cannot
+    except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).partition("\n")[0]
         raise UsageError(
-            f"device '{name}' cannot be used: {reason}. Use --device auto, cpu, or one that this machine and this "
-            "build of torch have."
+            f"device '{name}' cannot be used: {reason.rstrip('.')}. Set device to auto, cpu, or one that this machine "
+            "and this build of torch have; on the command line --set device=cpu."
         ) from error
     return device

@@ -56,16 +56,31 @@ class StageResult:
 
 
 def write_config(folder: Path, config: TrainConfig, *, plan: StagePlan, reader: CacheReader, start: str) -> None:
-    """``config.yaml``: everything that the stage was made of, for people."""
-    content = {
+    """``config.yaml``: everything that the stage was made of, for people.
+
+    Where it goes on with other versions than it began with, ``earlier_versions`` keeps those.
+    """
+    versions = {
         "distill": __version__,
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in _PACKAGES},
-        },
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in _PACKAGES},
+    }
+    path = folder / "config.yaml"
+    content = {
+        "versions": versions,
+        "earlier_versions": [one for one in _versions_in(path) if one != versions],
         "train": config.model_dump(mode="json"),
         "stage": {"number": plan.number, "start": start, "steps": plan.num_steps, **plan.stage.model_dump(mode="json")},
         "cache_identity": reader.identity.model_dump(mode="json"),
     }
     data = yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode()
-    storage.write(folder / "config.yaml", lambda file: file.write(data), need=len(data))
+    storage.write(path, lambda file: file.write(data), need=len(data))
+
+
+def _versions_in(path: Path) -> list[dict[str, str]]:
+    """All that an earlier ``config.yaml`` names; people may have changed the file."""
+    try:
+        before = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return [*before["earlier_versions"], before["versions"]]
+    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError):
+        return []

@@ -102,8 +102,9 @@ class Sampler:
         losses = {name: max(0.0, by_group[name].objective(self._stage)) for name in names if name in by_group}
         if not losses:
             raise DataError(
-                "sampling: evaluation has no held-out row with a trained token in any group, so nothing says which "
-                "comes more often. Make the cache with --eval or an eval_fraction above 0, or set sampling to uniform."
+                "sampling: evaluation has no held-out row with a trained token within max_length in any group, so "
+                "nothing says which comes more often. Raise max_length, make the cache with --eval or an eval_fraction "
+                "above 0, or set sampling to uniform."
             )
         mean = sum(losses.values()) / len(losses)
         relative = {name: losses[name] / mean if name in losses and mean > 0 else 1.0 for name in names}

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pydantic import JsonValue
 
 from distill.cache.reader import CacheReader
-from distill.config import ShareConfig, StageConfig, TrainConfig, WeightsConfig
+from distill.config import AttentionConfig, ShareConfig, StageConfig, TrainConfig, WeightsConfig
 from distill.errors import DataError, IdentityError, UsageError
 from distill.student.checkpoint import State
 from distill.student.mixture import BLOCK, assign_domains, has_share, scheduled_shares
@@ -91,11 +91,13 @@ def plan_stage(config: TrainConfig, number: int, reader: CacheReader) -> StagePl
     stage = _stage_of(config, number)
     stage = _at_held_temperatures(stage, reader)
     _refuse_weightless(number, stage)
+    _refuse_pointless(number, stage)
     _check_hidden(number, stage, reader)
     _check_sampled(number, stage, reader)
     _check_heads(number, stage, reader)
     shares = {domain: share for domain, share in stage.shares.items() if has_share(share)}
     _check_domains(number, tuple(shares), reader)
+    _check_sampling(number, stage, reader, tuple(shares))
     cells = cells_of(reader, shares, stage)
     orders = tuple(
         DomainOrder(
@@ -138,6 +140,7 @@ def settings_of(config: TrainConfig, plan: StagePlan, reader: CacheReader, start
     units = [[c.unit, c.domain, c.num_rows.train, c.num_rows.eval] for c in reader.commits]
     values = {
         **{key: value for key, value in config.model_dump(mode="json").items() if key not in _FREE},
+        "student": Path(config.student).as_posix(),  # ./student is student
         "stage": {"number": plan.number, **plan.stage.model_dump(mode="json")},
         "start": start,
         "cache_identity": reader.identity.model_dump(mode="json"),
@@ -206,6 +209,25 @@ def _refuse_weightless(number: int, stage: StageConfig) -> None:
             return
 
 
+def _refuse_pointless(number: int, stage: StageConfig) -> None:
+    """Raise UsageError for a key about how a loss works that this stage does not have."""
+    if stage.beta is not None and stage.divergence not in ("js", "skew"):
+        raise UsageError(
+            f"stages.{number}.beta is {stage.beta:g}, but its divergence is {stage.divergence}, which mixes nothing. "
+            "Leave beta out, or set the divergence to js or skew."
+        )
+    pairs = stage.feature.layers not in ("auto", "none")
+    for name, asked, weight in (
+        ("feature", pairs, stage.weights.feature),
+        ("attention", stage.attention != AttentionConfig(), stage.weights.attention),
+    ):
+        if asked and not weight:
+            raise UsageError(
+                f"stages.{number}.{name} says how the {name} loss works, but stages.{number}.weights.{name} is 0. "
+                f"Leave {name} out, or give the loss a weight."
+            )
+
+
 def _check_hidden(number: int, stage: StageConfig, reader: CacheReader) -> None:
     if reader.hidden_bytes:
         return
@@ -253,12 +275,17 @@ def _check_heads(number: int, stage: StageConfig, reader: CacheReader) -> None:
 
 
 def _check_domains(number: int, domains: Sequence[str], reader: CacheReader) -> None:
+    if not domains:
+        raise UsageError(
+            f"stages.{number}.shares gives no domain a share, so there is nothing to train on. Give one above 0 to a "
+            f"domain of {reader.where}, which has {', '.join(reader.domains)}."
+        )
     missing = [domain for domain in domains if domain not in reader.domains]
-    if missing or not domains:
+    if missing:
         raise DataError(
-            f"stage {number} trains on {' and '.join(domains) or 'no domain'}, but {reader.where} has no "
-            f"{' and no '.join(missing) or 'share to follow'}; it has {', '.join(reader.domains)}. Set 'general' and "
-            f"'domain', or stages.{number}.shares, to domains of the cache, or add data to it."
+            f"stage {number} trains on {' and '.join(domains)}, but {reader.where} has no {' and no '.join(missing)}; "
+            f"it has {', '.join(reader.domains)}. Set 'general' and 'domain', or stages.{number}.shares, to domains of "
+            "the cache, or add data to it."
         )
     for domain in domains:
         if not reader.num_rows(domain, "train"):
@@ -266,6 +293,16 @@ def _check_domains(number: int, domains: Sequence[str], reader: CacheReader) -> 
                 f"{reader.where} has no train rows of the domain {domain}, which stage {number} trains on. Add data "
                 f"for it, or leave it out of stages.{number}.shares."
             )
+
+
+def _check_sampling(number: int, stage: StageConfig, reader: CacheReader, domains: Sequence[str]) -> None:
+    """Raise DataError where evaluations are to say what is sampled and there is nothing to evaluate on."""
+    if stage.sampling == "evaluation" and not any(reader.num_rows(domain, "eval") for domain in domains):
+        raise DataError(
+            f"stages.{number}.sampling is evaluation, and {reader.where} has no held-out rows of "
+            f"{' or '.join(domains)} that could say which groups come more often. Make the cache with --eval or an "
+            "eval_fraction above 0, or set sampling to uniform."
+        )
 
 
 def _scheduled_counts(shares: dict[str, ShareConfig], num_steps: int, batch_size: int) -> NDArray[np.float64]:

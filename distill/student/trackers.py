@@ -31,8 +31,16 @@ class Tracker(Protocol):
         """The stage ended."""
 
 
+def refuse_missing(config: TrainConfig) -> None:
+    """Raise UsageError where a tracker is asked for that is not installed."""
+    if config.wandb:
+        _wandb()
+    if config.tensorboard:
+        _summary_writer()
+
+
 def trackers_of(config: TrainConfig, folder: Path, *, number: int, step: int) -> list[Tracker]:
-    """Trackers of stage ``number``, which begins or goes on after ``step``. Raises UsageError where one is missing."""
+    """Trackers of stage ``number``, which begins or goes on after ``step``."""
     trackers: list[Tracker] = []
     if config.wandb:
         trackers.append(WandbTracker(config, folder, number=number, step=step))
@@ -45,13 +53,9 @@ class WandbTracker:
     """A run of wandb for each stage, grouped by the run's folder, with all of ``config.yaml`` as its configuration."""
 
     def __init__(self, config: TrainConfig, folder: Path, *, number: int, step: int) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise UsageError("wandb is not installed. Install distill[wandb], or leave --wandb away.") from error
-        self._wandb = wandb
+        self._wandb = _wandb()
         name = Path(config.out).name
-        self._run = wandb.init(
+        self._run = self._wandb.init(
             project="distill",
             name=f"{name}-stage{number}",
             group=name,
@@ -80,13 +84,7 @@ class TensorboardTracker:
     """Event files in the stage's folder ``tensorboard/``. Points after ``step`` of a killed process are hidden."""
 
     def __init__(self, folder: Path, *, step: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise UsageError(
-                "tensorboard is not installed. Install distill[tensorboard], or leave train.tensorboard away."
-            ) from error
-        self._writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+        self._writer = _summary_writer()(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
         if step == 0:
             self._writer.add_text("config", f"```yaml\n{yaml.safe_dump(_about(folder), sort_keys=False)}```", 0)
 
@@ -105,6 +103,24 @@ class TensorboardTracker:
     def close(self, *, failed: bool) -> None:  # noqa: ARG002 - TensorBoard knows no end
         """Flush."""
         self._writer.close()
+
+
+def _wandb() -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise UsageError("wandb is not installed. Install distill[wandb], or leave --wandb away.") from error
+    return wandb
+
+
+def _summary_writer() -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UsageError(
+            "tensorboard is not installed. Install distill[tensorboard], or leave train.tensorboard away."
+        ) from error
+    return SummaryWriter
 
 
 def _about(folder: Path) -> dict[str, Any]:

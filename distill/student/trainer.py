@@ -10,7 +10,7 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,32 +21,32 @@ from pydantic import JsonValue
 from distill.cache.join import open_caches
 from distill.cache.reader import CacheReader
 from distill.config import TrainConfig
-from distill.errors import CorruptionError, DataError, RetryError
+from distill.errors import DataError, RetryError
 from distill.interrupt import Interrupt
 from distill.progress import Ticker
 from distill.student import checkpoint
 from distill.student.adapter import weights_of
 from distill.student.batch import Example
-from distill.student.checkpoint import OPTIMIZER, Best, Reweighting, State
+from distill.student.beginning import first_origin, start_name
+from distill.student.checkpoint import Best, Reweighting, State
 from distill.student.evaluate import Evaluator, held_out_examples
 from distill.student.figures import Evaluation
-from distill.student.layers import chosen_layers
 from distill.student.learner import Learner, Snapshot, StepFigures, derived_seed
 from distill.student.metrics import Metrics
 from distill.student.model import Origin, load_student
 from distill.student.objective import TeacherView
-from distill.student.origin import origin_of, origin_of_checkpoint, recorded_base
+from distill.student.origin import origin_of_checkpoint, recorded_base, settings_of_adapter
 from distill.student.precision import Precision, resolve_precision
 from distill.student.quantised import refuse_unusable
 from distill.student.ranks import Ranks
 from distill.student.result import StageResult, write_config
 from distill.student.samples import Interview, answers_table
 from distill.student.sampling import Sampler
-from distill.student.shrink import shrunken_student
 from distill.student.spotlight import Spotlight, write_views
 from distill.student.stage import StagePlan, plan_stage, refuse_other_settings, settings_of, stage_folder
 from distill.student.stream import TrainStream
 from distill.student.tokenizer import matching_tokenizer
+from distill.student.trackers import refuse_missing
 
 
 def train_stage(config: TrainConfig, number: int, *, start: Path | None = None, quiet: bool = False) -> StageResult:
@@ -64,10 +64,13 @@ def train_stage(config: TrainConfig, number: int, *, start: Path | None = None, 
 
 def _train_stage(config: TrainConfig, number: int, *, start: Path | None, quiet: bool, ranks: Ranks) -> StageResult:
     refuse_unusable(config)
+    refuse_missing(config)
     reader = open_caches(config.caches, allow_incomplete=config.allow_incomplete)
     plan = plan_stage(config, number, reader)
     folder = stage_folder(config, number)
-    settings = settings_of(config, plan, reader, start=_start_name(number, start))
+    precision = resolve_precision(ranks.device(config.device), config.precision)
+    resolved = config.model_copy(update={"device": str(precision.device), "precision": precision.name})
+    settings = settings_of(resolved, plan, reader, start=start_name(number, start))
     found = ranks.first(lambda: _stands(folder, settings))
     notes: list[str] = []
     if found is not None:
@@ -77,11 +80,11 @@ def _train_stage(config: TrainConfig, number: int, *, start: Path | None, quiet:
         origin = origin_of_checkpoint(resumed, state)
     else:
         resumed, state = None, State(stage=number, step=0, position=0, finished=False, settings=settings)
-        origin = ranks.first(lambda: _first_origin(config, number, start, reader))
+        origin = ranks.first(lambda: first_origin(config, number, start, reader))
     tokenizer = matching_tokenizer(origin.base, reader, trust_remote_code=config.trust_remote_code)
-    precision = resolve_precision(ranks.device(config.device), config.precision)
-    resolved = config.model_copy(update={"device": str(precision.device), "precision": precision.name})
-    ranks.first(lambda: write_config(folder, resolved, plan=plan, reader=reader, start=_start_name(number, start)))
+    if config.tune == "lora" and origin.adapter is not None:
+        resolved = resolved.model_copy(update={"lora": settings_of_adapter(origin.adapter)})
+    ranks.first(lambda: write_config(folder, resolved, plan=plan, reader=reader, start=start_name(number, start)))
     run = _Run(config, plan, reader, state=state, quiet=quiet, ranks=ranks)
     run.load(origin, tokenizer, precision=precision, resumed=resumed, start=start)
     for note in [*notes, *run.notes]:
@@ -97,8 +100,18 @@ def _stands(folder: Path, settings: dict[str, JsonValue]) -> tuple[Path, State, 
     if found is not None:
         resumed, state, _ = found
         refuse_other_settings(folder, state, settings)
-        _publish(folder, resumed, state)
+        checkpoint.bring_up(folder, resumed, state)
     return found
+
+
+def check_stages(config: TrainConfig, numbers: Sequence[int]) -> None:
+    """Raise what ``train_stage`` would raise for a stage of ``numbers`` that its cache cannot serve, before the first.
+
+    A stage that is refused after days of another helps nobody.
+    """
+    reader = open_caches(config.caches, allow_incomplete=config.allow_incomplete)
+    for number in numbers:
+        plan_stage(config, number, reader)
 
 
 class _Run:
@@ -111,6 +124,7 @@ class _Run:
         self._folder = stage_folder(config, plan.number)
         self._state = state
         self._metrics: Metrics | None = None  # of the first rank, while it trains
+        self._num_taken = self._num_untrained = 0  # sequences, and those without a trained token, since it was loaded
         self.notes: list[str] = []
 
     def load(
@@ -168,6 +182,7 @@ class _Run:
                 self._take(step, examples, ticker, since=before)
                 due = step % plan.stage.eval_every == 0 or self._state.finished
                 if due:
+                    self._refuse_nothing()
                     self._evaluate()
                     self._ask(ticker)
                 stop = self._ranks.any(interrupt.name is not None)
@@ -179,12 +194,29 @@ class _Run:
                         f"{plan.num_steps}; everything is saved. Run the same command again to go on."
                     )
                 before = time.monotonic()
+        if self._num_untrained:
+            self.notes.append(
+                f"{self._num_untrained:,} of {self._num_taken:,} sequences taught nothing: no trained token of theirs "
+                f"is within max_length {self._config.max_length}."
+            )
+            _say(self.notes[-1], quiet=self._quiet)
+
+    def _refuse_nothing(self) -> None:
+        """Raise DataError while no sequence has had a trained token."""
+        if self._num_taken and self._num_untrained == self._num_taken:
+            raise DataError(
+                f"none of the {self._num_taken:,} sequences up to step {self._state.step} of stage {self._plan.number} "
+                f"has a trained token within max_length {self._config.max_length}, so there is nothing to learn from. "
+                "Raise max_length to that of the cache, or make a cache with longer answers or shorter prompts."
+            )
 
     def _take(self, step: int, examples: list[Example], ticker: Ticker, *, since: float) -> None:
         """One step, whose examples have been waited for ``since`` then; its line."""
         stage = self._plan.stage
         waited = time.monotonic() - since
         figures = self._learner.step(examples, step - 1)
+        self._num_taken += len(examples)
+        self._num_untrained += sum(not example.num_trained for example in examples)
         self._state = self._state.model_copy(
             update={"step": step, "position": step * stage.batch_size, "finished": step == self._plan.num_steps}
         )
@@ -278,7 +310,7 @@ class _Run:
         complete = checkpoint.write_checkpoint(
             folder, state, lambda aside: self._learner.save(aside, self._tokenizer, snapshot)
         )
-        _publish(self._folder, folder, complete)
+        checkpoint.bring_up(self._folder, folder, complete)
         checkpoint.tidy(self._folder)
 
     def _read_held_out(self) -> dict[str, list[Example]]:
@@ -304,59 +336,6 @@ class _Run:
     def _held_out_facts(self) -> dict[str, float]:
         evaluation: Evaluation | None = self._state.evaluation
         return {} if evaluation is None else {"held_out": evaluation.objective(self._plan.stage)}
-
-
-def _publish(folder: Path, source: Path, state: State) -> None:
-    """Bring ``last/`` and ``best/`` up to the checkpoint ``source``; nothing changes when they are."""
-    last, best = folder / "last", folder / "best"
-    if not _stands_at(last, state.step):
-        checkpoint.publish(source, last, state)
-    is_best = state.best.step == state.step if state.best else state.finished
-    if is_best and not _stands_at(best, state.step):
-        checkpoint.publish(source, best, state, leave_out=OPTIMIZER)
-
-
-def _stands_at(folder: Path, step: int) -> bool:
-    """Whether ``folder`` is the checkpoint of a step, whole: bytes of a damaged one may also be those of its links."""
-    try:
-        return checkpoint.read_state(folder).step == step and checkpoint.read_checkpoint(folder).step == step
-    except CorruptionError:  # missing as well
-        return False
-
-
-def _start_name(number: int, start: Path | None) -> str:
-    if start is not None:
-        return str(start)
-    return "student" if number == 1 else f"stage{number - 1}/best"
-
-
-def _first_origin(config: TrainConfig, number: int, start: Path | None, reader: CacheReader) -> Origin:
-    if start is not None:
-        return origin_of(start)
-    if number > 1:
-        return origin_of(_best_of_stage(config, number - 1))
-    if config.student_layers is None:
-        return origin_of(config.student)
-    matching_tokenizer(config.student, reader, trust_remote_code=config.trust_remote_code)
-    folder = shrunken_student(
-        config.student,
-        config.student_layers,
-        folder=Path(config.out) / "student",
-        trust_remote_code=config.trust_remote_code,
-        choose=(lambda: chosen_layers(config, reader)) if config.layer_choice == "loss" else None,
-    )
-    return Origin(base=str(folder))
-
-
-def _best_of_stage(config: TrainConfig, number: int) -> Path:
-    folder = stage_folder(config, number)
-    ways = f"Run --stage {number} first, or name a checkpoint or model to begin from with --from."
-    if not (folder / "best").is_dir() or not (folder / "last").is_dir():
-        raise DataError(f"{folder} has no best checkpoint, which stage {number + 1} begins from. {ways}")
-    state = checkpoint.read_state(folder / "last")
-    if not state.finished:
-        raise DataError(f"{folder} is not finished: it stands at step {state.step}. {ways}")
-    return folder / "best"
 
 
 def _say(note: str, *, quiet: bool) -> None:

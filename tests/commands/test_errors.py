@@ -30,6 +30,14 @@ TRAIN = ["train", "--cache", "c", "--student", "s", "--out", "o"]
         ([*TRAIN, "--stage", "one"], "--stage takes 1, 2, 3 or a range such as 1-3, got 'one'"),
         ([*TRAIN, "--stage", "1", "--set", "stages={2: {weights: {k: 1}}}"], "stages.2: unknown key 'weights.k'"),
         (["export", "run/stage1/best", "--out", "o", "--dtype", "int8"], "--dtype takes auto, float32, bfloat16,"),
+        (["eval", "--student", "s", "--lm-eval", " ,"], "--lm-eval ' ,' names no task. Name some with --lm-eval TASK,"),
+        (["eval", "--student", "s", "--lm-eval", ",", "--limit", "2"], "--lm-eval ',' names no task"),
+        (
+            ["eval", "--student", "s", "--choices", "q.jsonl", "--group-by", "k"],
+            "--group-by and --allow-incomplete say",
+        ),
+        (["eval", "--student", "s", "--choices", "q.jsonl", "--allow-incomplete"], "Name it with --cache"),
+        (["eval", "--student", "s", "--set", "cache=null"], "'cache' is missing (option --cache)"),
         (["init", "--preset", "huge"], "there is no preset 'huge'. Give --preset one of qwen72b-to-7b"),
     ],
 )
@@ -39,6 +47,18 @@ def test_wrong_options_are_named_with_the_way_out(arguments: list[str], says: st
     assert says in str(done.exception)
     assert done.exception.exit_code == 2
     assert done.stdout == ""
+
+
+def test_a_mistake_of_an_option_is_not_put_down_to_the_file_alone(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text("train: {cache: c, student: s, out: o, target_modules: x}")
+    done = CliRunner().invoke(app, ["train", "--stage", "1", "--config", str(path)])
+    assert str(done.exception).startswith(f"{path}: unknown key 'target_modules'")
+    path.write_text("train: {cache: c, student: s, out: o}")
+    for given in (["--set", "target_modules=x"], ["--precision", "fp8"]):
+        done = CliRunner().invoke(app, ["train", "--stage", "1", "--config", str(path), *given])
+        assert isinstance(done.exception, UsageError)
+        assert str(done.exception).startswith(f"{path} and the options: ")
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ import csv
 import json
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -102,14 +104,14 @@ def write_csv(path, header, *rows):
 def test_lists_letters_and_numbers_are_read(tmp_path):
     lines = [
         {"question": "q", "choices": ["x", "y"], "answer": 1},
-        {"question": "q", "choices": ["x", "y", 3], "answer": "c"},
+        {"question": "q", "choices": ["x", 0.5, 3, 10**400], "answer": "c"},
         {"question": "q", "A": "x", "B": "y", "answer": "0"},
     ]
     path = tmp_path / "q.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)))
     assert [(q.choices, q.answer) for q in read_questions(path)] == [
         (("x", "y"), 1),
-        (("x", "y", "3"), 2),
+        (("x", "0.5", "3", "1" + 400 * "0"), 2),
         (("x", "y"), 0),
     ]
     path = write_csv(tmp_path / "q.csv", ["question", "A", "B", "C", "answer"], ["q", "x", "y", "", "B"])
@@ -120,6 +122,10 @@ BAD = {
     "no question": {"choices": ["x", "y"], "answer": 0},
     "one choice": {"question": "q", "choices": ["x"], "answer": 0},
     "no choices": {"question": "q", "answer": 0},
+    "a null among the choices": {"question": "q", "choices": ["x", None], "answer": 0},
+    "a choice of parts": {"question": "q", "choices": ["x", {"text": "y"}], "answer": 0},
+    "a choice of parts in a column": {"question": "q", "A": "x", "B": ["y"], "answer": 0},
+    "a choice that may be true or True": {"question": "q", "choices": [True, False], "answer": 0},
     "an empty choice": {"question": "q", "choices": ["x", " "], "answer": 0},
     "a gap": {"question": "q", "A": "x", "C": "y", "answer": "A"},
     "an answer too high": {"question": "q", "choices": ["x", "y"], "answer": 2},
@@ -135,6 +141,16 @@ def test_a_row_that_is_no_question_is_refused_with_its_number(bad, tmp_path):
     path.write_text(json.dumps({"question": "q", "choices": ["x", "y"], "answer": 0}) + "\n" + json.dumps(BAD[bad]))
     with pytest.raises(DataError, match=r"q\.jsonl, row 2: "):
         read_questions(path)
+
+
+@pytest.mark.parametrize(
+    ("choices", "shown"), [(["x", None], "null"), ([1.5, float("nan")], "NaN"), ([1.5, float("inf")], "Infinity")]
+)
+def test_a_value_of_parquet_that_is_no_choice(tmp_path, choices, shown):
+    rows = [{"question": "q", "choices": some, "answer": 0} for some in ([choices[0], choices[0]], choices)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "q.parquet")
+    with pytest.raises(DataError, match=f"row 1: one of its choices is {shown}, which is neither text nor a number"):
+        read_questions(tmp_path / "q.parquet")
 
 
 def test_files_that_hold_no_questions(tmp_path):

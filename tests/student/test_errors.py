@@ -24,7 +24,7 @@ from distill.student.export import export_student
 from distill.student.layers import chosen_layers
 from distill.student.model import _head_of
 from distill.student.objective import _inner_pairs, _teacher_layers
-from distill.student.origin import origin_of
+from distill.student.origin import origin_of, settings_of_adapter
 from distill.student.precision import resolve_precision
 from distill.student.ranks import Ranks
 from distill.student.sharding import shard
@@ -133,6 +133,8 @@ def test_adapters_that_are_damaged_or_of_another_model(world, tmp_path):
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     with pytest.raises(CorruptionError, match="does not name the base model of the adapter"):
         origin_of(tmp_path / "adapter")
+    with pytest.raises(CorruptionError, match="does not say what the adapter was made with"):
+        settings_of_adapter(tmp_path / "adapter")
 
 
 def test_a_checkpoint_outside_its_run_and_an_export_that_cannot_be_written(configured, tmp_path):

@@ -5,12 +5,15 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from distill.cache.reader import CacheReader
 from distill.errors import DataError, IdentityError, UsageError
 from distill.student.checkpoint import State
 from distill.student.stage import plan_stage, refuse_other_settings, settings_of
 from distill.student.trainer import train_stage
+from tests.student import conftest
 
 
 @pytest.fixture
@@ -35,6 +38,33 @@ def test_nothing_to_learn_is_refused(configured, reader):
         plan_stage(configured(stage={"weights": {"kl": 0, "ce": 0}}), 1, reader)
 
 
+@pytest.mark.parametrize(
+    ("stage", "says"),
+    [
+        (
+            {"beta": 0.3},
+            r"stages\.1\.beta is 0\.3, but its divergence is forward, which mixes nothing\. Leave beta out",
+        ),
+        ({"beta": 0.3, "divergence": "reverse"}, "its divergence is reverse"),
+        ({"feature": {"layers": {9: 0}}}, r"stages\.1\.feature says .* stages\.1\.weights\.feature is 0\. Leave"),
+        ({"attention": {"measure": "mse"}}, r"stages\.1\.attention says .* stages\.1\.weights\.attention is 0\. Leave"),
+    ],
+)
+def test_a_key_about_a_loss_that_the_stage_does_not_have_is_refused(configured, reader, stage, says):
+    with pytest.raises(UsageError, match=says):
+        plan_stage(configured(stage=stage), 1, reader)
+
+
+def test_a_key_about_a_loss_that_comes_later_is_taken(configured, reader):
+    rising = {"kl": 1, "feature": {"schedule": "step", "start": 0, "end": 0.2}}
+    for stage in (
+        {"beta": 0.3, "divergence": "skew"},
+        {"feature": {"layers": {9: 0}}, "weights": rising},
+        {"feature": {"layers": "none"}},
+    ):
+        assert plan_stage(configured(stage=stage), 1, reader).num_steps == 8
+
+
 def test_a_temperature_that_the_cache_lacks_is_refused_before_a_model_loads(configured, tmp_path):
     config = configured(stage={"temperature": 3.0}, student=str(tmp_path / "no-such-student"))
     with pytest.raises(IdentityError, match="temperatures 4, 2, 1, not 3"):
@@ -52,6 +82,15 @@ def test_a_temperature_that_the_cache_lacks_is_refused_before_a_model_loads(conf
 def test_a_cache_without_hidden_states_says_what_to_change(configured, bare_cache, stage, fix):
     with pytest.raises(IdentityError, match=fix):
         train_stage(configured(cache=str(bare_cache), stage=stage), 1)
+
+
+@pytest.mark.parametrize("shares", [{}, {"general": 0}, {"law": 0, "medical": {"start": 0}}])
+def test_shares_that_give_nothing_are_refused(configured, reader, shares):
+    says = (
+        r"stages\.1\.shares gives no domain a share, .* Give one above 0 to a domain of .*, which has general, medical"
+    )
+    with pytest.raises(UsageError, match=says):
+        plan_stage(configured(stage={"shares": shares}), 1, reader)
 
 
 def test_missing_domains_and_rows_are_named(configured, reader):
@@ -143,3 +182,22 @@ def test_a_missing_bitsandbytes_is_named(configured, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # importing it raises ImportError
     with pytest.raises(UsageError, match=r"needs bitsandbytes, which is not installed. Install distill\[quantised\]"):
         train_stage(configured(optimizer="adamw_8bit", device="cuda"), 1)
+
+
+def test_sampling_by_evaluations_needs_held_out_rows_before_a_model_loads(configured, world, tmp_path, monkeypatch):
+    make = conftest._prompt
+    monkeypatch.setattr(conftest, "_prompt", lambda *about: replace(make(*about), split="train"))
+    teacher = AutoModelForCausalLM.from_pretrained(world.teacher, dtype=torch.float32)
+    cache = str(conftest.build_cache(tmp_path / "all", teacher))
+    stage = {"sampling": "evaluation", "shares": {"general": 1, "medical": 1}}
+    config = configured(cache=cache, student=str(tmp_path / "no-such-student"), stage=stage)
+    with pytest.raises(DataError, match=r"has no held-out rows of general or medical .* set sampling to uniform"):
+        train_stage(config, 1)
+
+
+def test_a_missing_tracker_is_named_before_a_model_loads(configured, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    for tracker, says in (("wandb", r"Install distill\[wandb\]"), ("tensorboard", r"Install distill\[tensorboard\]")):
+        with pytest.raises(UsageError, match=says):
+            train_stage(configured(student=str(tmp_path / "no-such-student"), **{tracker: True}), 1)

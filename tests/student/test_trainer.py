@@ -2,20 +2,27 @@
 
 import json
 import math
+import shutil
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from distill.cache.reader import CacheReader
 from distill.errors import DataError, RetryError, StorageError, UsageError
-from distill.student import checkpoint
+from distill.student import checkpoint, trainer
 from distill.student.checkpoint import Best, State
 from distill.student.learner import Learner
 from distill.student.losses.feature import feature_floor
-from distill.student.trainer import _publish, train_stage
-from tests.student.conftest import logged, room_for, save_model, stop_at, without_times
+from distill.student.origin import origin_of
+from distill.student.precision import resolve_precision
+from distill.student.trainer import check_stages, train_stage
+from tests.student import conftest
+from tests.student.conftest import LENGTH, logged, room_for, save_model, stop_at, without_times
 
 LONGER = {"max_steps": 30, "eval_every": 10, "learning_rate": 1e-2, "temperature": 2.0}
 
@@ -74,6 +81,22 @@ def test_the_feature_loss_alone_falls_towards_its_floor(configured, run, world):
     assert not torch.equal(early["down.weight"], late["down.weight"])  # the adapter learns as well
     assert floor < values[-1] < 0.6 * values[0]
     assert 0 < floor < 0.05
+
+
+def test_sequences_can_be_told_apart_from_those_of_their_own_domain_only(configured, tmp_path):
+    """One sequence of each domain: there is nothing left to tell it apart from."""
+    stage = {"max_steps": 1, "batch_size": 2, "shares": {"general": 1, "medical": 1}}
+    stage["weights"] = {"kl": 0, "ce": 0, "contrastive": 1}
+    found = {}
+    for negatives in ("all", "domain"):
+        changed = {**stage, "contrastive_negatives": negatives}
+        train_stage(configured(stage=changed, out=str(tmp_path / negatives)), 1, quiet=True)
+        found[negatives] = logged(tmp_path / negatives, "train")[0]["losses"]["contrastive"]
+    assert found["all"] > 0.1
+    assert found["domain"] == 0
+    more = {**stage, "batch_size": 8, "contrastive_negatives": "domain"}
+    train_stage(configured(stage=more, out=str(tmp_path / "more")), 1, quiet=True)
+    assert logged(tmp_path / "more", "train")[0]["losses"]["contrastive"] > 0.1
 
 
 def test_the_contrastive_loss_alone_falls_and_chooses_the_best(configured, run):
@@ -231,7 +254,7 @@ def test_a_damaged_best_is_made_again_with_the_step_that_it_came_from(tmp_path):
         folder = checkpoint.step_folder(tmp_path, step)
         state = State(stage=1, step=step, position=step, finished=False, settings={}, best=Best(step=best, objective=1))
         complete = checkpoint.write_checkpoint(folder, state, lambda aside: (aside / "model").write_bytes(content))
-        _publish(tmp_path, folder, complete)
+        checkpoint.bring_up(tmp_path, folder, complete)
         return folder
 
     saved(4, best=4)
@@ -282,12 +305,29 @@ def test_gradient_checkpointing_changes_nothing_but_memory(configured, run, tmp_
         assert ours["losses"]["total"] == pytest.approx(plain["losses"]["total"], rel=1e-4)
 
 
-def test_rows_without_a_trained_token_take_their_turn_and_teach_nothing(configured, run):
-    """max_length cuts every answer away: steps pass, no weight changes, nothing divides by zero."""
-    result = train_stage(configured(max_length=6, stage={"max_steps": 2}), 1, quiet=True)
-    assert [line["tokens"] for line in logged(run, "train")] == [0, 0]
-    assert result.evaluation is None
-    assert result.best_step == 2
+def test_rows_without_a_trained_token_take_their_turn_and_teach_nothing(configured, run, world, tmp_path, monkeypatch):
+    """max_length cuts the answers of a domain away: steps pass, no weight changes, nothing divides by zero."""
+    make = conftest._prompt
+
+    def prompt(domain, row, ids_S):
+        start = 12 if domain == "medical" else 3
+        return replace(make(domain, row, ids_S), loss_mask=np.arange(LENGTH - 1) >= start)
+
+    monkeypatch.setattr(conftest, "_prompt", prompt)
+    teacher = AutoModelForCausalLM.from_pretrained(world.teacher, dtype=torch.float32)
+    cache = str(conftest.build_cache(tmp_path / "late", teacher))
+    stage = {"max_steps": 4, "eval_every": 4, "batch_size": 1, "shares": {"general": 1, "medical": 1}}
+    result = train_stage(configured(max_length=6, stage=stage, cache=cache), 1, quiet=True)
+    assert sorted(line["tokens"] for line in logged(run, "train")) == [0, 0, 2, 2]
+    assert "2 of 4 sequences taught nothing: no trained token of theirs is within max_length 6" in " ".join(
+        result.notes
+    )
+
+
+def test_a_stage_that_can_learn_nothing_is_refused(configured, run):
+    with pytest.raises(DataError, match=r"none of the 16 sequences up to step 2 .* within max_length 6"):
+        train_stage(configured(max_length=6, stage={"max_steps": 4, "eval_every": 2}), 1, quiet=True)
+    assert not (run / "stage1" / "last").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(configured):
@@ -304,11 +344,56 @@ def test_the_folder_says_what_was_done(configured, run, capsys):
     assert config["versions"]["torch"] == torch.__version__
     assert config["train"]["micro_batch_tokens"] == 100
     assert (config["train"]["device"], config["train"]["precision"]) == ("cpu", "fp32")  # which "auto" came to
+    assert config["earlier_versions"] == []
     train = logged(run, "train")
     assert [line["step"] for line in train] == list(range(1, 9))
     assert all(math.isfinite(line["grad_norm"]) and line["tokens_per_second"] > 0 for line in train)
     assert all(0 <= line["waiting"] < 1 for line in train)
     assert capsys.readouterr().out == ""  # standard output belongs to results
+
+
+def test_the_folder_says_what_an_adapter_was_made_with(configured, run):
+    """A stage that goes on with an adapter trains that one, whatever the configuration would make."""
+    lora = {"r": 4, "alpha": 8, "dropout": 0.0, "target_modules": ["up_proj", "q_proj"]}
+    train_stage(configured(stage={"max_steps": 2}, tune="lora", lora=lora), 1, quiet=True)
+    train_stage(configured(tune="lora"), 2, start=run / "stage1" / "best", quiet=True)
+    written = yaml.safe_load((run / "stage2" / "config.yaml").read_text())["train"]["lora"]
+    assert written == {**lora, "target_modules": ["q_proj", "up_proj"]}
+
+
+def test_another_precision_is_another_run_and_other_versions_are_written_down(configured, run, monkeypatch):
+    stop_at(monkeypatch, step=3)
+    with pytest.raises(RetryError):
+        train_stage(configured(), 1, quiet=True)
+    monkeypatch.undo()
+    monkeypatch.setattr(trainer, "resolve_precision", lambda device, _: resolve_precision(device, "bf16"))
+    with pytest.raises(UsageError, match='precision is "fp32" there and "bf16" now'):  # what "auto" comes to elsewhere
+        train_stage(configured(), 1, quiet=True)
+    monkeypatch.undo()
+    path = run / "stage1" / "config.yaml"
+    path.write_text(path.read_text().replace(f"torch: {torch.__version__}", "torch: 1.0.0"))
+    train_stage(configured(), 1, quiet=True)
+    config = yaml.safe_load(path.read_text())
+    assert [versions["torch"] for versions in config["earlier_versions"]] == ["1.0.0"]
+    assert config["versions"]["torch"] == torch.__version__
+
+
+def test_a_base_outside_the_run_is_found_from_any_folder(configured, run, world, tmp_path, monkeypatch):
+    shutil.copytree(world.student, tmp_path / "models" / "small")
+    monkeypatch.chdir(tmp_path)
+    train_stage(configured(student="./models/small", tune="lora", stage={"max_steps": 2}), 1, quiet=True)
+    monkeypatch.chdir("/")
+    assert origin_of(run / "stage1" / "best").base == str(tmp_path / "models" / "small")
+    (tmp_path / "models").rename(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match=r"is an adapter for the model in .*small, which is not there\. Put it back"):
+        origin_of(run / "stage1" / "best")
+
+
+def test_a_later_stage_that_cannot_be_is_refused_before_the_first(configured):
+    config = configured(stages={1: {"max_steps": 2}, 2: {"shares": {"legal": 1}}, 3: {"max_steps": 2}})
+    check_stages(config, [1])
+    with pytest.raises(DataError, match=r"legal"):
+        check_stages(config, [1, 2])
 
 
 def test_wandb_works_offline(configured, run, monkeypatch):
