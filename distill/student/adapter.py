@@ -74,6 +74,8 @@ def refuse_tied(model: Any, adapter: str) -> None:
 def _refuse_tied(model: Any, layers: Iterable[tuple[str, nn.Module]], who: str) -> None:
     users: dict[int, list[str]] = {}
     for name, module in model.named_modules():
+        if name.endswith(".original_module"):  # of which a whole copy is used
+            continue
         users.setdefault(id(_own_weight(module)), []).append(name.removesuffix(".base_layer"))
     for name, layer in layers:
         others = [] if _own_weight(layer) is None else [user for user in users[id(_own_weight(layer))] if user != name]

@@ -201,8 +201,6 @@ def load_student(
     options = loading_options(config, precision.device, precision.compute_dtype) if training else {}
     model = load_causal(origin.base, dtype=dtype, trust_remote_code=config.trust_remote_code, **options)
     sharded = training and wants_sharding(config, model, precision, ranks)
-    if not sharded and not options:  # a sharded one reaches its device in parts, a quantised one is there
-        model.to(precision.device)
     if origin.adapter is not None:
         base, adapter, expected = origin.base, origin.adapter, origin.base_weights
         ranks.first(lambda: refuse_other_base(base, adapter, expected))
@@ -215,6 +213,8 @@ def load_student(
             refuse_unmerged(model, adapted, origin.adapter)
     elif training and not full:
         model = with_new_adapter(model, config.lora)
+    if not sharded and not options:  # a sharded one reaches its device in parts, a quantised one is there
+        model.to(precision.device)
     head = _head_of(causal_of(model), vocab_size, precision)
     _check_head(causal_of(model), head)
     if full or not training:

@@ -77,8 +77,8 @@ def _found(recorded: str, checkpoint: Path) -> str:
     return str(base)
 
 
-def settings_of_adapter(folder: Path) -> LoraConfig:
-    """What the adapter in ``folder`` was made with. Raises CorruptionError where it does not say."""
+def settings_of_adapter(folder: Path) -> LoraConfig | None:
+    """What the adapter in ``folder`` was made with; None for kinds that ``LoraConfig`` has no words for."""
     try:
         made = _adapter_config(folder)
         modules = made["target_modules"]
@@ -88,11 +88,8 @@ def settings_of_adapter(folder: Path) -> LoraConfig:
             dropout=made["lora_dropout"],
             target_modules=(modules,) if isinstance(modules, str) else tuple(sorted(modules)),
         )
-    except _UNREADABLE as error:
-        raise CorruptionError(
-            f"{folder / _ADAPTER_CONFIG} does not say what the adapter was made with. Restore the file, or start from "
-            "another checkpoint."
-        ) from error
+    except _UNREADABLE:
+        return None
 
 
 def _base_of_adapter(folder: Path) -> str:

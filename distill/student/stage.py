@@ -25,6 +25,8 @@ from distill.student.sampling import Cell, Sampler, cells_of
 from distill.student.schedule import weights_at
 
 # Keys that change speed, memory or place, but neither what is learned nor in which order.
+# Settings that older runs do not name, and what they did.
+_BEFORE: dict[str, JsonValue] = {"stage.contrastive_negatives": "all"}
 _FREE = frozenset(
     {
         "allow_incomplete",
@@ -151,11 +153,13 @@ def settings_of(config: TrainConfig, plan: StagePlan, reader: CacheReader, start
 
 def refuse_other_settings(folder: Path, state: State, asked: dict[str, JsonValue]) -> None:
     """Raise UsageError when the run in ``folder`` was begun with other settings; name each one that differs."""
-    keys = sorted(set(state.settings) | set(asked))
+    there = {**_BEFORE, **state.settings, "student": Path(str(state.settings.get("student"))).as_posix()}
+    if state.finished or there.get("precision") == "auto":  # nothing is left to compute; and older runs do not say
+        there["precision"] = asked.get("precision")
     lines = [
-        f"{key} is {json.dumps(state.settings.get(key))} there and {json.dumps(asked.get(key))} now"
-        for key in keys
-        if state.settings.get(key) != asked.get(key)
+        f"{key} is {json.dumps(there.get(key))} there and {json.dumps(asked.get(key))} now"
+        for key in sorted(set(there) | set(asked))
+        if there.get(key) != asked.get(key)
     ]
     if lines:
         raise UsageError(

@@ -48,6 +48,8 @@ from distill.student.stream import TrainStream
 from distill.student.tokenizer import matching_tokenizer
 from distill.student.trackers import refuse_missing
 
+_ENOUGH = 1000  # sequences without a trained token among which another with one is not to be hoped for
+
 
 def train_stage(config: TrainConfig, number: int, *, start: Path | None = None, quiet: bool = False) -> StageResult:
     """Train stage ``number`` of a run, or go on with it, and return what it came to.
@@ -83,7 +85,8 @@ def _train_stage(config: TrainConfig, number: int, *, start: Path | None, quiet:
         origin = ranks.first(lambda: first_origin(config, number, start, reader))
     tokenizer = matching_tokenizer(origin.base, reader, trust_remote_code=config.trust_remote_code)
     if config.tune == "lora" and origin.adapter is not None:
-        resolved = resolved.model_copy(update={"lora": settings_of_adapter(origin.adapter)})
+        made = settings_of_adapter(origin.adapter)
+        resolved = resolved.model_copy(update={} if made is None else {"lora": made})
     ranks.first(lambda: write_config(folder, resolved, plan=plan, reader=reader, start=start_name(number, start)))
     run = _Run(config, plan, reader, state=state, quiet=quiet, ranks=ranks)
     run.load(origin, tokenizer, precision=precision, resumed=resumed, start=start)
@@ -109,6 +112,8 @@ def check_stages(config: TrainConfig, numbers: Sequence[int]) -> None:
 
     A stage that is refused after days of another helps nobody.
     """
+    if not numbers:
+        return
     reader = open_caches(config.caches, allow_incomplete=config.allow_incomplete)
     for number in numbers:
         plan_stage(config, number, reader)
@@ -124,6 +129,7 @@ class _Run:
         self._folder = stage_folder(config, plan.number)
         self._state = state
         self._metrics: Metrics | None = None  # of the first rank, while it trains
+        self._is_new = state.step == 0
         self._num_taken = self._num_untrained = 0  # sequences, and those without a trained token, since it was loaded
         self.notes: list[str] = []
 
@@ -202,8 +208,12 @@ class _Run:
             _say(self.notes[-1], quiet=self._quiet)
 
     def _refuse_nothing(self) -> None:
-        """Raise DataError while no sequence has had a trained token."""
-        if self._num_taken and self._num_untrained == self._num_taken:
+        """Raise DataError where a stage has seen enough of its sequences, and none had a trained token.
+
+        What a resumed one saw before it stopped is not known.
+        """
+        enough = self._state.finished or self._num_taken >= _ENOUGH
+        if self._is_new and enough and self._num_untrained == self._num_taken:
             raise DataError(
                 f"none of the {self._num_taken:,} sequences up to step {self._state.step} of stage {self._plan.number} "
                 f"has a trained token within max_length {self._config.max_length}, so there is nothing to learn from. "

@@ -148,7 +148,7 @@ def _with_smaller_batches(config: CacheConfig, engine: Engine) -> CacheConfig:
 
     vLLM refuses to load with fewer tokens in a step than sequences.
     """
-    smallest = max(_SMALLEST_BATCH, int(config.engine_options.get("max_num_seqs", 0)))
+    smallest = max(_SMALLEST_BATCH, int(config.engine_options.get("max_num_seqs") or 0))
     smaller = {engine.batch_option: max(smallest, engine.batch_tokens // 2)}
     return config.model_copy(update={"engine_options": {**config.engine_options, **smaller}})
 

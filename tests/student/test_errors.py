@@ -133,8 +133,7 @@ def test_adapters_that_are_damaged_or_of_another_model(world, tmp_path):
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     with pytest.raises(CorruptionError, match="does not name the base model of the adapter"):
         origin_of(tmp_path / "adapter")
-    with pytest.raises(CorruptionError, match="does not say what the adapter was made with"):
-        settings_of_adapter(tmp_path / "adapter")
+    assert settings_of_adapter(tmp_path / "adapter") is None
 
 
 def test_a_checkpoint_outside_its_run_and_an_export_that_cannot_be_written(configured, tmp_path):

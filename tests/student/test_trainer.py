@@ -324,10 +324,13 @@ def test_rows_without_a_trained_token_take_their_turn_and_teach_nothing(configur
     )
 
 
-def test_a_stage_that_can_learn_nothing_is_refused(configured, run):
+def test_a_stage_that_can_learn_nothing_is_refused(configured, run, monkeypatch):
     with pytest.raises(DataError, match=r"none of the 16 sequences up to step 2 .* within max_length 6"):
-        train_stage(configured(max_length=6, stage={"max_steps": 4, "eval_every": 2}), 1, quiet=True)
+        train_stage(configured(max_length=6, stage={"max_steps": 2}), 1, quiet=True)
     assert not (run / "stage1" / "last").exists()
+    monkeypatch.setattr(trainer, "_ENOUGH", 24)
+    with pytest.raises(DataError, match=r"none of the 32 sequences up to step 4"):
+        train_stage(configured(max_length=6, stage={"max_steps": 8, "eval_every": 2}), 1, quiet=True)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(configured):
@@ -376,6 +379,31 @@ def test_another_precision_is_another_run_and_other_versions_are_written_down(co
     config = yaml.safe_load(path.read_text())
     assert [versions["torch"] for versions in config["earlier_versions"]] == ["1.0.0"]
     assert config["versions"]["torch"] == torch.__version__
+
+
+def test_a_run_of_before_goes_on(configured, run, monkeypatch):
+    """Settings that it does not name were as they are by default now."""
+    stop_at(monkeypatch, step=3)
+    with pytest.raises(RetryError):
+        train_stage(configured(), 1, quiet=True)
+    monkeypatch.undo()
+    path = next((run / "stage1" / "checkpoints").glob("*/state.json"))
+    state = json.loads(path.read_text())
+    del state["settings"]["stage.contrastive_negatives"]
+    state["settings"] |= {"precision": "auto", "student": f"./{state['settings']['student']}"}
+    monkeypatch.setattr(checkpoint, "newest_checkpoint", _with_settings(state["settings"]))
+    train_stage(configured(student=state["settings"]["student"]), 1, quiet=True)
+    assert [line["step"] for line in logged(run, "train")] == list(range(1, 9))
+
+
+def _with_settings(settings):
+    newest = checkpoint.newest_checkpoint
+
+    def found(folder):
+        path, state, notes = newest(folder)
+        return path, state.model_copy(update={"settings": settings}), notes
+
+    return found
 
 
 def test_a_base_outside_the_run_is_found_from_any_folder(configured, run, world, tmp_path, monkeypatch):
