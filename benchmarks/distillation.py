@@ -31,7 +31,7 @@ from distill.student.optimizer import learning_rate_factor
 from distill.student.order import permutation
 from distill.student.precision import Precision
 
-Target = Literal["renormalised", "bucket", "low_rank", "low_rank_256", "low_rank_512", "sampled", "ce", "full"]
+Target = Literal["renormalised", "bucket", "low_rank", "low_rank_256", "low_rank_256_few", "sampled", "ce", "full"]
 MEASURED = (4.0, 2.0, 1.0)
 _CHUNK = 128  # tokens whose logits exist at the same time
 
@@ -67,19 +67,21 @@ class Lab:
         *,
         batch_size: int,
         num_samples: int,
+        few: int,
         measured_rows: int,
         precision: Precision,
     ) -> None:
         self.reader = CacheReader.open(cache)
         self.exact = ExactTeacher.open(cache)
-        self.batch_size, self.num_samples = batch_size, num_samples
+        self.batch_size, self.num_samples, self.few = batch_size, num_samples, few
         self._student, self._precision = student, precision
         self.train = {domain: self._rows(domain, "train") for domain in self.reader.domains}
         self.held_out = [row for domain in self.reader.domains for row in self._rows(domain, "eval")[:measured_rows]]
+        wide = Projection.from_bytes((cache / "projection-256.safetensors").read_bytes())
         self.projections = {
             "low_rank": Projection.from_bytes((cache / "projection-128.safetensors").read_bytes()),
-            "low_rank_256": Projection.from_bytes((cache / "projection-256.safetensors").read_bytes()),
-            "low_rank_512": Projection.from_bytes((cache / "projection-512.safetensors").read_bytes()),
+            "low_rank_256": wide,
+            "low_rank_256_few": wide,
         }
         self._tails = {name: self._tail(projection) for name, projection in self.projections.items()}
         head_DV = self.exact.head_VD.T
@@ -188,6 +190,7 @@ class Lab:
                 temperature=temperature,
             )
         elif target in self.projections:
+            teacher = first_ids(teacher, self.few) if target == "low_rank_256_few" else teacher
             coords = self._coords(states_of(rows), self.projections[target])
         elif target == "sampled":
             entropy_N = torch.from_numpy(np.concatenate([row.entropy for row in rows]))
@@ -220,6 +223,17 @@ class Lab:
                 sums["ce"] += float(torch.nn.functional.cross_entropy(z_NV, batch.labels[first:last], reduction="sum"))
                 sums["top1"] += float((z_NV.argmax(1) == exact_NV.argmax(1)).sum())
         return {**{name: round(value / num_tokens, 5) for name, value in sums.items()}, "held_out_tokens": num_tokens}
+
+
+def first_ids(teacher: TeacherTargets, num: int) -> TeacherTargets:
+    """What a cache with fewer ids at a position keeps: the mass of the others goes to the tail."""
+    others_NK = teacher.topk_log_p[:, num:]
+    return TeacherTargets(
+        topk_ids=teacher.topk_ids[:, :num],
+        topk_log_p=teacher.topk_log_p[:, :num],
+        log_tail=torch.logaddexp(teacher.log_tail, others_NK.logsumexp(1)),
+        temperature=teacher.temperature,
+    )
 
 
 def states_of(rows: Sequence[Row]) -> Tensor:

@@ -21,6 +21,7 @@ def test_a_small_grid_runs_resumes_and_reports(teacher, data, tmp_path, capsys):
         "measured_rows": 2,
         "least_characters": 10,
         "top_k": 8,
+        "few": 2,
         "num_samples": 5,
         "calibration_tokens": 60,
         "precision": '"fp32"',
