@@ -12,6 +12,7 @@ DIR has general.jsonl.gz and medical.jsonl.gz. Each finished run is a file under
 
 import argparse
 import io
+import itertools
 import json
 import os
 import platform
@@ -206,7 +207,7 @@ def narrowed_shard(reader: Any, commit: Any, *, top_k: int) -> io.BytesIO:
     from distill.cache.shard import write_rows
 
     rows = []
-    for row in (row for split in ("train", "eval") for row in reader.sequences(commit, split)):
+    for row in itertools.chain(reader.sequences(commit, "train"), reader.sequences(commit, "eval")):
         ids, logprobs = row.targets.topk_ids[:, :top_k], row.targets.topk_logprobs[:, :top_k]
         rows.append(replace(row, targets=replace(row.targets, topk_ids=ids, topk_logprobs=logprobs)))
     file = io.BytesIO()

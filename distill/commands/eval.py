@@ -10,10 +10,10 @@ from distill.commands.options import (
     Json,
     Set,
     checkpoint,
-    merged,
     one_or_many,
     origin_of_settings,
     print_json,
+    section_values,
 )
 from distill.errors import UsageError
 
@@ -76,7 +76,7 @@ def _resolved(
     """The configuration, and whether the file or an option names a cache, or one is needed."""
     from distill.config import TrainConfig, validated
 
-    values = merged("train", path, options, settings)
+    values = section_values("train", path, options, settings)
     if values.get("cache") is None:
         values.pop("cache", None)  # null leaves away the cache of a file
     with_cache = "cache" in values or needs_cache

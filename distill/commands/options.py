@@ -43,11 +43,11 @@ def configuration(
     from distill.config import validated
 
     return validated(
-        model, merged(section, path, options, settings), origin=origin_of_settings(path, options, settings)
+        model, section_values(section, path, options, settings), origin=origin_of_settings(path, options, settings)
     )
 
 
-def merged(
+def section_values(
     section: Literal["cache", "train"], path: Path | None, options: dict[str, Any], settings: list[str] | None
 ) -> dict[str, Any]:
     """The file's section, overridden by options, overridden by --set, as plain data."""

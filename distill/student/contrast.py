@@ -11,37 +11,39 @@ import torch
 from torch import Tensor
 
 from distill.cache.projection import Projection
-from distill.stage_config import Negatives
+from distill.stage_config import StageConfig
 from distill.student.batch import DistillBatch, Example, collate
-from distill.student.losses.contrastive import Candidates, Own, contrastive_loss, sequence_means
+from distill.student.losses.contrastive import TeacherVectors, contrastive_loss, sequence_means
 from distill.student.losses.feature import FeatureAdapter
 
 
-def candidates_of(
-    examples: Sequence[Example], projection: Projection, device: torch.device, *, negatives: Negatives
-) -> Candidates:
-    """The teacher's vectors of the examples that have a trained token, one of which there must be.
-
-    ``negatives`` says whether a sequence is told apart from those of all domains or of its own only.
-    """
+def candidates_of(examples: Sequence[Example], projection: Projection, device: torch.device) -> TeacherVectors:
+    """The teacher's vectors of the examples that have a trained token, one of which there must be."""
     batch = collate([example for example in examples if example.num_trained], projection)
-    coords_NR = batch.coords
-    assert coords_NR is not None, "there is a projection"
     root_R = torch.from_numpy(projection.variance_R / projection.variance_R.sum()).float().sqrt()
-    vectors_MR = sequence_means(coords_NR, batch.sequence, len(batch.keys)) * root_R
-    domains_M = batch.domains.to(device) if negatives == "domain" else None
-    return Candidates(vectors=vectors_MR.to(device), keys=batch.keys.to(device), domains=domains_M)
+    found = _vectors_of(batch, root_R)
+    return TeacherVectors(
+        vectors=found.vectors.to(device), keys=found.keys.to(device), domains=found.domains.to(device)
+    )
 
 
 def contrastive_sum(
-    adapter: FeatureAdapter, hidden_ND: Tensor, batch: DistillBatch, candidates: Candidates, *, temperature: float
+    adapter: FeatureAdapter, hidden_ND: Tensor, batch: DistillBatch, candidates: TeacherVectors, *, stage: StageConfig
 ) -> Tensor:
     """``Σ_i n_i C_i`` over the batch's sequences, n_i the trained tokens of each, so that a mean is one over tokens."""
-    coords_NR, num = batch.coords, len(batch.keys)
-    assert coords_NR is not None, "there is a projection"
-    root_R = adapter.get_buffer("weights_R").sqrt()
-    student_BR = adapter.down(sequence_means(hidden_ND, batch.sequence, num)).float() * root_R
-    teacher_BR = sequence_means(coords_NR, batch.sequence, num) * root_R
-    own = Own(vectors=teacher_BR, keys=batch.keys, domains=batch.domains)
-    losses_B = contrastive_loss(student_BR, own, candidates, temperature=temperature)
+    num, root_R = len(batch.keys), adapter.get_buffer("weights_R").sqrt()
+    losses_B = contrastive_loss(
+        adapter.down(sequence_means(hidden_ND, batch.sequence, num)).float() * root_R,
+        _vectors_of(batch, root_R),
+        candidates,
+        temperature=stage.contrastive_temperature,
+        negatives=stage.contrastive_negatives,
+    )
     return (losses_B * torch.bincount(batch.sequence, minlength=num)).sum()
+
+
+def _vectors_of(batch: DistillBatch, root_R: Tensor) -> TeacherVectors:
+    coords_NR = batch.coords
+    assert coords_NR is not None, "there is a projection"
+    means_MR = sequence_means(coords_NR, batch.sequence, len(batch.keys))
+    return TeacherVectors(vectors=means_MR * root_R, keys=batch.keys, domains=batch.domains)

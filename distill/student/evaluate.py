@@ -21,7 +21,7 @@ from distill.student.batch import NO_GROUP, DistillBatch, Example, collate, exam
 from distill.student.contrast import candidates_of, contrastive_sum
 from distill.student.figures import Evaluation
 from distill.student.losses.ce import cross_entropy
-from distill.student.losses.contrastive import Candidates
+from distill.student.losses.contrastive import TeacherVectors
 from distill.student.losses.divergence import Divergence
 from distill.student.losses.feature import FeatureAdapter
 from distill.student.losses.fused import chunks_of_logits
@@ -128,21 +128,20 @@ class Evaluator:
                 first[group].add(sums)
         return first
 
-    def _candidates(self, examples: list[Example]) -> Candidates | None:
+    def _candidates(self, examples: list[Example]) -> TeacherVectors | None:
         stage, projection = self._stage, self._view.projection
         if stage is None or stage.weights.contrastive == 0 or projection is None:
             return None
         if not any(example.num_trained for example in examples):
             return None
-        device = self._student.precision.device
-        return candidates_of(examples, projection, device, negatives=stage.contrastive_negatives)
+        return candidates_of(examples, projection, self._student.precision.device)
 
     def _of_batch(
         self,
         examples: list[Example],
         adapter: FeatureAdapter | None,
         attention: AttentionLoss | None,
-        candidates: Candidates | None,
+        candidates: TeacherVectors | None,
     ) -> Sums:
         batch = collate(examples, self._view.projection).to(self._student.precision.device)
         sums = Sums(self._temperatures)
@@ -154,9 +153,7 @@ class Evaluator:
             with self._student.precision.context():
                 sums.feature = float(feature_sum(adapter, self._student, hidden_ND, batch))
                 if candidates is not None and self._stage is not None:
-                    temperature = self._stage.contrastive_temperature
-                    value = contrastive_sum(adapter, hidden_ND, batch, candidates, temperature=temperature)
-                    sums.contrastive = float(value)
+                    sums.contrastive = float(contrastive_sum(adapter, hidden_ND, batch, candidates, stage=self._stage))
         return sums
 
     def _add_head(self, sums: Sums, hidden_ND: Tensor, batch: DistillBatch) -> None:

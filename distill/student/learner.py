@@ -19,7 +19,7 @@ from distill.student.balance import balanced, smoothed
 from distill.student.batch import Example, collate, rank_batches
 from distill.student.checkpoint import FEATURE, MODEL, OPTIMIZER, State
 from distill.student.contrast import candidates_of
-from distill.student.losses.contrastive import Candidates
+from distill.student.losses.contrastive import TeacherVectors
 from distill.student.model import Student
 from distill.student.objective import Objective, TeacherView, attention_loss_of, feature_adapter_of
 from distill.student.optimizer import learning_rate_factor, make_optimizer, optimizer_tensors, restore_optimizer
@@ -113,7 +113,7 @@ class Learner:
         )
 
     def _accumulate(
-        self, examples: list[Example], candidates: Candidates | None, factors: dict[str, float]
+        self, examples: list[Example], candidates: TeacherVectors | None, factors: dict[str, float]
     ) -> dict[str, float]:
         """Leave the step's gradient on the parameters, summed over ranks; the means of its losses over tokens."""
         num_tokens = sum(example.num_trained for example in examples)
@@ -182,14 +182,13 @@ class Learner:
             for domain in self._plan.domains
         }
 
-    def _candidates(self, examples: list[Example]) -> Candidates | None:
+    def _candidates(self, examples: list[Example]) -> TeacherVectors | None:
         """What the step's sequences are told apart from, where there is a contrastive loss."""
         if self._plan.stage.weights.contrastive > 0 and self._projection is not None:
-            device, negatives = self.student.precision.device, self._plan.stage.contrastive_negatives
-            return candidates_of(examples, self._projection, device, negatives=negatives)
+            return candidates_of(examples, self._projection, self.student.precision.device)
         return None
 
-    def _measured(self, examples: list[Example], candidates: Candidates | None, number: int) -> dict[str, float]:
+    def _measured(self, examples: list[Example], candidates: TeacherVectors | None, number: int) -> dict[str, float]:
         """Gradient norms of losses and domains where a step is to measure them, to balance by or to look at."""
         stage = self._plan.stage
         balances = bool(stage.balance) and number % stage.balance_every == 0
@@ -202,7 +201,7 @@ class Learner:
         return measured
 
     def _measure(
-        self, examples: list[Example], candidates: Candidates | None, number: int, *, kinds: str
+        self, examples: list[Example], candidates: TeacherVectors | None, number: int, *, kinds: str
     ) -> dict[str, float]:
         """Measure the gradient norms of losses, domains or both on the examples of a step."""
         scale = self._scaler.get_scale()
@@ -243,7 +242,7 @@ class Learner:
         self,
         weights: WeightsConfig,
         examples: list[Example],
-        candidates: Candidates | None,
+        candidates: TeacherVectors | None,
         *,
         num_tokens: float,
         scale: float,

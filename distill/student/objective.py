@@ -16,7 +16,7 @@ from distill.errors import CorruptionError, UsageError
 from distill.student.attention import AttentionLoss
 from distill.student.batch import DistillBatch
 from distill.student.contrast import contrastive_sum
-from distill.student.losses.contrastive import Candidates
+from distill.student.losses.contrastive import TeacherVectors
 from distill.student.losses.divergence import Divergence
 from distill.student.losses.feature import FeatureAdapter, InnerStates
 from distill.student.losses.fused import HeadTargets, fused_head_losses
@@ -154,12 +154,12 @@ class Objective:
         self.weights = stage.weights  # those of the next batch; gradient balancing changes them
         self._student, self._view, self._stage, self._head_chunk = student, view, stage, head_chunk
 
-    def __call__(self, batch: DistillBatch, candidates: Candidates | None = None) -> LossSums:
+    def __call__(self, batch: DistillBatch, candidates: TeacherVectors | None = None) -> LossSums:
         """The sums of a micro-batch. ``candidates`` are those of its optimizer step; without them nothing contrasts."""
         return self._sums(self._student.hidden(batch), batch, self.weights, candidates)
 
     def _sums(
-        self, hidden_ND: Tensor, batch: DistillBatch, weights: WeightsConfig, candidates: Candidates | None
+        self, hidden_ND: Tensor, batch: DistillBatch, weights: WeightsConfig, candidates: TeacherVectors | None
     ) -> LossSums:
         weighted = torch.zeros((), device=hidden_ND.device)
         named: dict[str, Tensor] = {}
@@ -187,9 +187,8 @@ class Objective:
             weighted = weighted + weights.attention * attention + hidden_ND[:0].sum()
             named["attention"] = attention.detach()
         if weights.contrastive > 0 and self.adapter is not None and candidates is not None:
-            temperature = self._stage.contrastive_temperature
             with self._student.precision.context():
-                contrastive = contrastive_sum(self.adapter, hidden_ND, batch, candidates, temperature=temperature)
+                contrastive = contrastive_sum(self.adapter, hidden_ND, batch, candidates, stage=self._stage)
             weighted = weighted + weights.contrastive * contrastive
             named["contrastive"] = contrastive.detach()
         return LossSums(weighted=weighted, named=named)

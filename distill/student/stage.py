@@ -24,9 +24,9 @@ from distill.student.order import DomainOrder
 from distill.student.sampling import Cell, Sampler, cells_of
 from distill.student.schedule import weights_at
 
-# Keys that change speed, memory or place, but neither what is learned nor in which order.
 # Settings that older runs do not name, and what they did.
 _BEFORE: dict[str, JsonValue] = {"stage.contrastive_negatives": "all"}
+# Keys that change speed, memory or place, but neither what is learned nor in which order.
 _FREE = frozenset(
     {
         "allow_incomplete",
@@ -87,19 +87,10 @@ def plan_stage(config: TrainConfig, number: int, reader: CacheReader) -> StagePl
     """The plan of stage ``number`` on ``reader``.
 
     An epoch is the train rows, once, of all domains that ever have a share; the number of steps is
-    ceil(epochs rows / batch_size), or ``max_steps``. Raises UsageError for what this version cannot do, IdentityError
-    for targets that the cache does not hold, DataError for missing domains and rows.
+    ceil(epochs rows / batch_size), or ``max_steps``. Raises what ``servable_stage`` raises.
     """
-    stage = _stage_of(config, number)
-    stage = _at_held_temperatures(stage, reader)
-    _refuse_weightless(number, stage)
-    _refuse_pointless(number, stage)
-    _check_hidden(number, stage, reader)
-    _check_sampled(number, stage, reader)
-    _check_heads(number, stage, reader)
-    shares = {domain: share for domain, share in stage.shares.items() if has_share(share)}
-    _check_domains(number, tuple(shares), reader)
-    _check_sampling(number, stage, reader, tuple(shares))
+    stage = servable_stage(config, number, reader)
+    shares = _positive_shares(stage)
     cells = cells_of(reader, shares, stage)
     orders = tuple(
         DomainOrder(
@@ -127,6 +118,28 @@ def plan_stage(config: TrainConfig, number: int, reader: CacheReader) -> StagePl
         scheduled=_scheduled_counts(shares, num_steps, stage.batch_size),
         sampler=Sampler(shares, cells, stage, assigned=assigned) if driven else None,
     )
+
+
+def servable_stage(config: TrainConfig, number: int, reader: CacheReader) -> StageConfig:
+    """Stage ``number``, which ``reader`` has the targets and rows for; no shard is read.
+
+    Raises UsageError for what this version cannot do, IdentityError for targets that the cache does not hold,
+    DataError for missing domains and rows.
+    """
+    stage = _at_held_temperatures(_stage_of(config, number), reader)
+    domains = tuple(_positive_shares(stage))
+    _refuse_weightless(number, stage)
+    _refuse_pointless(number, stage)
+    _check_hidden(number, stage, reader)
+    _check_sampled(number, stage, reader)
+    _check_heads(number, stage, reader)
+    _check_domains(number, domains, reader)
+    _check_sampling(number, stage, reader, domains)
+    return stage
+
+
+def _positive_shares(stage: StageConfig) -> dict[str, ShareConfig]:
+    return {domain: share for domain, share in stage.shares.items() if has_share(share)}
 
 
 def stage_folder(config: TrainConfig, number: int) -> Path:

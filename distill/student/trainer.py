@@ -43,7 +43,14 @@ from distill.student.result import StageResult, write_config
 from distill.student.samples import Interview, answers_table
 from distill.student.sampling import Sampler
 from distill.student.spotlight import Spotlight, write_views
-from distill.student.stage import StagePlan, plan_stage, refuse_other_settings, settings_of, stage_folder
+from distill.student.stage import (
+    StagePlan,
+    plan_stage,
+    refuse_other_settings,
+    servable_stage,
+    settings_of,
+    stage_folder,
+)
 from distill.student.stream import TrainStream
 from distill.student.tokenizer import matching_tokenizer
 from distill.student.trackers import refuse_missing
@@ -72,7 +79,8 @@ def _train_stage(config: TrainConfig, number: int, *, start: Path | None, quiet:
     folder = stage_folder(config, number)
     precision = resolve_precision(ranks.device(config.device), config.precision)
     resolved = config.model_copy(update={"device": str(precision.device), "precision": precision.name})
-    settings = settings_of(resolved, plan, reader, start=start_name(number, start))
+    name = start_name(number, start)
+    settings = settings_of(resolved, plan, reader, start=name)
     found = ranks.first(lambda: _stands(folder, settings))
     notes: list[str] = []
     if found is not None:
@@ -84,10 +92,9 @@ def _train_stage(config: TrainConfig, number: int, *, start: Path | None, quiet:
         resumed, state = None, State(stage=number, step=0, position=0, finished=False, settings=settings)
         origin = ranks.first(lambda: first_origin(config, number, start, reader))
     tokenizer = matching_tokenizer(origin.base, reader, trust_remote_code=config.trust_remote_code)
-    if config.tune == "lora" and origin.adapter is not None:
-        made = settings_of_adapter(origin.adapter)
-        resolved = resolved.model_copy(update={} if made is None else {"lora": made})
-    ranks.first(lambda: write_config(folder, resolved, plan=plan, reader=reader, start=start_name(number, start)))
+    if config.tune == "lora" and origin.adapter and (made := settings_of_adapter(origin.adapter)):
+        resolved = resolved.model_copy(update={"lora": made})
+    ranks.first(lambda: write_config(folder, resolved, plan=plan, reader=reader, start=name))
     run = _Run(config, plan, reader, state=state, quiet=quiet, ranks=ranks)
     run.load(origin, tokenizer, precision=precision, resumed=resumed, start=start)
     for note in [*notes, *run.notes]:
@@ -116,7 +123,7 @@ def check_stages(config: TrainConfig, numbers: Sequence[int]) -> None:
         return
     reader = open_caches(config.caches, allow_incomplete=config.allow_incomplete)
     for number in numbers:
-        plan_stage(config, number, reader)
+        servable_stage(config, number, reader)
 
 
 class _Run:

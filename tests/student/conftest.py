@@ -173,8 +173,9 @@ def _prompt(domain: str, row: int, ids_S: torch.Tensor) -> Prompt:
     )
 
 
-def _cut_short(prompt: Prompt, num_tokens: int) -> Prompt:
-    """The last tokens of the answer do not train."""
+def _cut_short(prompt: Prompt) -> Prompt:
+    """Of the answer's last tokens up to twelve do not train."""
+    num_tokens = 3 * int(prompt.sequence_id.rpartition("-")[2]) % 13
     return replace(prompt, loss_mask=prompt.loss_mask & (np.arange(LENGTH - 1) < LENGTH - 1 - num_tokens))
 
 
@@ -185,11 +186,11 @@ def build_cache(
     hidden_bytes: int = 24,
     temperatures: tuple[float, ...] = (4.0, 2.0, 1.0),
     files: Mapping[str, bytes] | None = None,
-    uneven: bool = False,
+    change: Callable[[Prompt], Prompt] = lambda prompt: prompt,
 ) -> Path:
     """A sealed cache of the domains general and medical. The first eight tokens of a row are its prompt.
 
-    ``files`` are put beside its own. With ``uneven`` rows differ in how many of their tokens train.
+    ``files`` are put beside its own. ``change`` makes other prompts of the rows.
     """
     plan = _plan(hidden_bytes=hidden_bytes, temperatures=temperatures)
     writer = CacheWriter.open(root, plan)
@@ -208,7 +209,7 @@ def build_cache(
     for unit in plan.units:
         rows = [
             SequenceTargets(
-                prompt=_cut_short(_prompt(unit.domain, row, ids[unit.domain][row]), 3 * row % 13 if uneven else 0),
+                prompt=change(_prompt(unit.domain, row, ids[unit.domain][row])),
                 targets=targets_of(
                     logits[unit.domain][row, :-1],
                     states[unit.domain][row, :-1].double().numpy(),
@@ -242,12 +243,18 @@ def bare_cache(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def uneven_cache(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same rows, of which 4 to 16 tokens train."""
+def changed_cache(world: World, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The same rows with changed prompts; see ``build_cache``."""
     from transformers import AutoModelForCausalLM
 
     teacher = AutoModelForCausalLM.from_pretrained(world.teacher, dtype=torch.float32)
-    return build_cache(tmp_path_factory.mktemp("uneven") / "cache", teacher, uneven=True)
+    return lambda change: build_cache(tmp_path_factory.mktemp("changed") / "cache", teacher, change=change)
+
+
+@pytest.fixture(scope="session")
+def uneven_cache(changed_cache: Callable[..., Path]) -> Path:
+    """The same rows, of which 4 to 16 tokens train."""
+    return changed_cache(_cut_short)
 
 
 @pytest.fixture

@@ -4,14 +4,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 from distill.errors import RetryError
 from distill.student import checkpoint
 from distill.student.balance import balanced, smoothed
 from distill.student.trainer import train_stage
-from tests.student import conftest
 from tests.student.conftest import LENGTH, logged, stop_at
 
 WEIGHTS = {"kl": 0.7, "ce": 0.3, "feature": 0.2, "contrastive": 0.1}
@@ -81,17 +78,14 @@ def test_each_domain_gets_its_share_of_the_gradient(configured, tmp_path):
     assert norms["domain/medical"] == pytest.approx(logged(tmp_path / "alone", "train")[0]["grad_norm"], rel=1e-3)
 
 
-def test_long_answers_do_not_outweigh_short_ones(configured, world, tmp_path, monkeypatch):
+def test_long_answers_do_not_outweigh_short_ones(configured, changed_cache, tmp_path):
     """Domains with equal shares and unequal numbers of tokens get equal parts of the step's gradient."""
     tokens = {"general": 2, "medical": 16}
-    make = conftest._prompt
 
-    def prompt(domain, row, ids_S):
-        return replace(make(domain, row, ids_S), loss_mask=np.arange(LENGTH - 1) >= LENGTH - 1 - tokens[domain])
+    def last_tokens(prompt):
+        return replace(prompt, loss_mask=np.arange(LENGTH - 1) >= LENGTH - 1 - tokens[prompt.domain])
 
-    monkeypatch.setattr(conftest, "_prompt", prompt)
-    teacher = AutoModelForCausalLM.from_pretrained(world.teacher, dtype=torch.float32)
-    cache = str(conftest.build_cache(tmp_path / "uneven", teacher))
+    cache = str(changed_cache(last_tokens))
     stage = {"temperature": 2.0, "max_steps": 1}
     means = {}
     for domain in tokens:

@@ -5,15 +5,12 @@ import sys
 from dataclasses import replace
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 from distill.cache.reader import CacheReader
 from distill.errors import DataError, IdentityError, UsageError
 from distill.student.checkpoint import State
 from distill.student.stage import plan_stage, refuse_other_settings, settings_of
 from distill.student.trainer import train_stage
-from tests.student import conftest
 
 
 @pytest.fixture
@@ -184,11 +181,8 @@ def test_a_missing_bitsandbytes_is_named(configured, monkeypatch):
         train_stage(configured(optimizer="adamw_8bit", device="cuda"), 1)
 
 
-def test_sampling_by_evaluations_needs_held_out_rows_before_a_model_loads(configured, world, tmp_path, monkeypatch):
-    make = conftest._prompt
-    monkeypatch.setattr(conftest, "_prompt", lambda *about: replace(make(*about), split="train"))
-    teacher = AutoModelForCausalLM.from_pretrained(world.teacher, dtype=torch.float32)
-    cache = str(conftest.build_cache(tmp_path / "all", teacher))
+def test_sampling_by_evaluations_needs_held_out_rows_before_a_model_loads(configured, changed_cache, tmp_path):
+    cache = str(changed_cache(lambda prompt: replace(prompt, split="train")))
     stage = {"sampling": "evaluation", "shares": {"general": 1, "medical": 1}}
     config = configured(cache=cache, student=str(tmp_path / "no-such-student"), stage=stage)
     with pytest.raises(DataError, match=r"has no held-out rows of general or medical .* set sampling to uniform"):

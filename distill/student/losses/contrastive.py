@@ -10,19 +10,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from distill.stage_config import Negatives
+
 _EPSILON = 1e-6  # keeps direction and gradient of a vector near zero finite
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Candidates:
-    """The teacher's vectors that a student's vector is told apart from; equal keys are the same sequence.
-
-    With ``domains`` a vector is told apart from those of its own domain only.
-    """
+class TeacherVectors:
+    """The teacher's vectors of M sequences, and which these are; equal keys are the same sequence."""
 
     vectors: Tensor  # [M, R] float32
     keys: Tensor  # [M] int64
-    domains: Tensor | None = None  # [M] int64
+    domains: Tensor  # [M] int64, equal for sequences of the same domain
 
 
 def sequence_means(values_NR: Tensor, sequence_N: Tensor, num: int) -> Tensor:
@@ -33,22 +32,15 @@ def sequence_means(values_NR: Tensor, sequence_N: Tensor, num: int) -> Tensor:
     return sums_BR / counts_B.unsqueeze(1)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Own:
-    """The teacher's vectors of the sequences of a micro-batch, and which they are."""
-
-    vectors: Tensor  # [B, R] float32
-    keys: Tensor  # [B] int64
-    domains: Tensor  # [B] int64, equal for sequences of the same domain
-
-
-def contrastive_loss(student_BR: Tensor, own: Own, candidates: Candidates, *, temperature: float) -> Tensor:
+def contrastive_loss(
+    student_BR: Tensor, own: TeacherVectors, candidates: TeacherVectors, *, temperature: float, negatives: Negatives
+) -> Tensor:
     """InfoNCE (van den Oord, Li and Vinyals 2018) of each sequence i, [B] float32:
 
         -log [ exp(cos(s_i, t_i) / τ) / (exp(cos(s_i, t_i) / τ) + Σ_{j: key_j != key_i} exp(cos(s_i, t_j) / τ)) ]
 
     s are the student's vectors, t the teacher's. Candidates with the key of i are i itself or its duplicates, and do
-    not count against it; nor do those of other domains where ``candidates.domains`` are given. Without any other
+    not count against it; nor, with the ``negatives`` of a domain alone, do those of other domains. Without any other
     candidate the loss is 0. No gradient flows to the teacher.
     """
     student_BR, teacher_BR = _unit(student_BR), _unit(own.vectors)
@@ -56,7 +48,7 @@ def contrastive_loss(student_BR: Tensor, own: Own, candidates: Candidates, *, te
     with torch.autocast(student_BR.device.type, enabled=False):  # which would round cosines to two digits
         others_BM = student_BR @ _unit(candidates.vectors).T / temperature
     passed_over_BM = own.keys.unsqueeze(1) == candidates.keys
-    if candidates.domains is not None:
+    if negatives == "domain":
         passed_over_BM = passed_over_BM | (own.domains.unsqueeze(1) != candidates.domains)
     others_BM = others_BM.masked_fill(passed_over_BM, -torch.inf)
     return torch.cat([own_B1, others_BM], 1).logsumexp(1) - own_B1.squeeze(1)

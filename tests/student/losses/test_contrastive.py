@@ -3,16 +3,20 @@
 import pytest
 import torch
 
-from distill.student.losses.contrastive import Candidates, Own, contrastive_loss, sequence_means
+from distill.student.losses.contrastive import TeacherVectors, contrastive_loss, sequence_means
 
 
 def vectors(num, *, seed, rank=12):
     return torch.randn(num, rank, generator=torch.Generator().manual_seed(seed))
 
 
-def own(teacher_BR, keys_B, domains_B=None):
-    domains_B = torch.zeros_like(keys_B) if domains_B is None else domains_B
-    return Own(vectors=teacher_BR, keys=keys_B, domains=domains_B)
+def told(vectors_MR, keys_M, domains_M=None):
+    domains_M = torch.zeros_like(keys_M) if domains_M is None else domains_M
+    return TeacherVectors(vectors=vectors_MR, keys=keys_M, domains=domains_M)
+
+
+def loss_of(student_BR, own, candidates, *, temperature, negatives="all"):
+    return contrastive_loss(student_BR, own, candidates, temperature=temperature, negatives=negatives)
 
 
 def dense(student_BR, teacher_MR, keys, domains, rows, temperature):
@@ -38,10 +42,12 @@ def test_value_and_gradient_equal_the_reference_with_duplicates_masked(temperatu
     exact = vectors(5, seed=2).double().requires_grad_()
     student = exact.detach().float().requires_grad_()
     among_M = None if domains is None else torch.tensor(domains)
-    candidates = Candidates(vectors=teacher_MR, keys=keys, domains=among_M)
+    candidates = told(teacher_MR, keys, among_M)
     rows = [0, 1, 3]  # a micro-batch of the step
-    ours = own(teacher_MR[rows], keys[rows], None if among_M is None else among_M[rows])
-    got_B = contrastive_loss(student[rows], ours, candidates, temperature=temperature)
+    ours = told(teacher_MR[rows], keys[rows], None if among_M is None else among_M[rows])
+    got_B = loss_of(
+        student[rows], ours, candidates, temperature=temperature, negatives="all" if domains is None else "domain"
+    )
     want_B = dense(exact, teacher_MR.double(), keys.tolist(), domains or [0] * 5, rows, temperature)
     torch.testing.assert_close(got_B.double(), want_B, rtol=1e-4, atol=1e-5)
     got_B.sum().backward()
@@ -53,8 +59,8 @@ def test_a_batch_of_one_and_a_batch_of_duplicates_give_zero():
     for num in (1, 4):
         teacher_MR, keys = vectors(1, seed=1).expand(num, -1), torch.full((num,), 7)
         student = vectors(num, seed=2).requires_grad_()
-        candidates = Candidates(vectors=teacher_MR, keys=keys)
-        losses_B = contrastive_loss(student, own(teacher_MR, keys), candidates, temperature=0.1)
+        candidates = told(teacher_MR, keys)
+        losses_B = loss_of(student, told(teacher_MR, keys), candidates, temperature=0.1)
         losses_B.sum().backward()
         assert (losses_B == 0).all()
         assert (student.grad == 0).all()
@@ -64,8 +70,8 @@ def test_a_batch_of_one_and_a_batch_of_duplicates_give_zero():
 def test_finite_for_vectors_of_any_length(scale):
     teacher_MR, keys = scale * vectors(3, seed=1), torch.arange(3)
     student = (scale * vectors(3, seed=2)).requires_grad_()
-    candidates = Candidates(vectors=teacher_MR, keys=keys)
-    losses_B = contrastive_loss(student, own(teacher_MR, keys), candidates, temperature=0.05)
+    candidates = told(teacher_MR, keys)
+    losses_B = loss_of(student, told(teacher_MR, keys), candidates, temperature=0.05)
     losses_B.sum().backward()
     assert torch.isfinite(losses_B).all()
     assert torch.isfinite(student.grad).all()
@@ -81,26 +87,24 @@ def test_means_are_over_the_tokens_of_each_sequence():
 def test_alone_it_goes_down_to_what_the_teachers_own_vectors_reach():
     """Its floor is at or below the loss of a student whose vectors are the teacher's."""
     teacher_MR, keys = vectors(6, seed=1, rank=8), torch.arange(6)
-    candidates = Candidates(vectors=teacher_MR, keys=keys)
+    candidates = told(teacher_MR, keys)
     student = vectors(6, seed=2, rank=8).requires_grad_()
     optimizer = torch.optim.Adam([student], lr=0.05)
     values = []
     for _ in range(1500):
         optimizer.zero_grad()
-        loss = contrastive_loss(student, own(teacher_MR, keys), candidates, temperature=0.1).mean()
+        loss = loss_of(student, told(teacher_MR, keys), candidates, temperature=0.1).mean()
         loss.backward()
         optimizer.step()
         values.append(loss.item())
-    reached = contrastive_loss(teacher_MR, own(teacher_MR, keys), candidates, temperature=0.1).mean().item()
+    reached = loss_of(teacher_MR, told(teacher_MR, keys), candidates, temperature=0.1).mean().item()
     assert values[0] > 1.0
     assert values[-1] < reached + 1e-3
 
 
 def test_cosines_keep_float32_under_autocast():
     teacher_MR, student_MR, keys = vectors(6, seed=3), vectors(6, seed=4), torch.arange(6)
-    candidates = Candidates(vectors=teacher_MR, keys=keys)
-    exact_B = contrastive_loss(student_MR, own(teacher_MR, keys), candidates, temperature=0.1)
+    candidates = told(teacher_MR, keys)
+    exact_B = loss_of(student_MR, told(teacher_MR, keys), candidates, temperature=0.1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        torch.testing.assert_close(
-            contrastive_loss(student_MR, own(teacher_MR, keys), candidates, temperature=0.1), exact_B
-        )
+        torch.testing.assert_close(loss_of(student_MR, told(teacher_MR, keys), candidates, temperature=0.1), exact_B)
